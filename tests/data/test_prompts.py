@@ -1,0 +1,116 @@
+"""Tests of mmgen.data.prompts."""
+
+import collections
+
+import fakes
+import numpy as np
+import pytest
+
+from mmgen import errors
+from mmgen.data import mixture
+from mmgen.data import prompts
+
+RECORD = fakes.Records(3)[2]
+
+
+def source(**fields):
+  return mixture.Source(corpus='c', **fields)
+
+
+def view(name, seed=0, **fields):
+  return prompts.VIEWS[name](
+      RECORD, source(view=name, **fields), np.random.default_rng(seed))
+
+
+def shown(document):
+  """(kind or text, role) of each span."""
+  return [('image' if s.kind == 'image' else s.data, s.role)
+          for s in document.spans]
+
+
+def test_caption_before_and_after():
+  assert shown(view('caption')) == [('image', 'input'), ('cccccc', 'target')]
+  assert shown(view('caption', image_place='after')) == [
+      ('cccccc', 'target'), ('image', 'input')]
+  assert view('caption').id == 'r2'
+  np.testing.assert_array_equal(view('caption').spans[0].data, RECORD['image'])
+
+
+def test_places_and_columns_are_drawn():
+  drawn = collections.Counter(
+      shown(view('caption', seed, image_place='random', column='raw+names'))[
+          0][0] for seed in range(200))
+  assert set(drawn) == {'image', 'cc', 'c'}
+  assert 70 < drawn['image'] < 130 and 25 < drawn['cc'] < 75
+  twice = collections.Counter(
+      shown(view('text', seed, column='raw+raw+synthetic'))[0][0]
+      for seed in range(300))
+  assert 160 < twice['cc'] < 240 and twice['cc'] + twice['ccc'] == 300
+
+
+def test_draws_depend_on_the_generator_alone():
+  one = [shown(view('caption', s, image_place='random')) for s in range(20)]
+  two = [shown(view('caption', s, image_place='random')) for s in range(20)]
+  assert one == two
+
+
+def test_columns():
+  for column, words in (('raw', 'cc'), ('synthetic', 'ccc'), ('names', 'c')):
+    assert shown(view('text', column=column)) == [(words, 'target')]
+  assert shown(view('text', column='names', language='ja')) == [
+      ('C, x', 'target')]
+
+
+def test_question():
+  spans = shown(view('vqa'))
+  question, answer = spans[2][0], spans[5][0]
+  assert len(question) == len(answer)  # the answer to that question
+  assert spans == [
+      ('image', 'input'), (('<user>',), 'input'), (question, 'input'),
+      (('<assistant>',), 'input'), (('<answer>',), 'input'),
+      (answer, 'target')]
+  asked = {shown(view('vqa', seed))[2][0] for seed in range(50)}
+  assert asked == {'q', 'qq', 'qqq'}
+
+
+def test_conversation_asks_everything_once_and_closes_each_answer():
+  spans = shown(view('conversation'))
+  assert spans.count((('<eos>',), 'target')) == 2
+  assert sorted(s for s, _ in spans if set(s) == {'q'}) == ['q', 'qq', 'qqq']
+  # Every answer but the last is followed by its <eos>, then the next turn.
+  ends = [i for i, s in enumerate(spans) if s == (('<eos>',), 'target')]
+  assert all(spans[i - 1][1] == 'target' for i in ends)
+  assert all(spans[i + 1] == (('<user>',), 'input') for i in ends)
+  orders = {tuple(s for s, _ in shown(view('conversation', seed))
+                  if set(s) == {'q'}) for seed in range(60)}
+  assert len(orders) == 6
+
+
+def test_pair_has_one_picture_and_one_text():
+  assert shown(view('pair', column='raw')) == [
+      ('image', 'input'), ('cc', 'target')]
+
+
+def test_a_reserved_name_in_a_question_stays_text():
+  d = prompts.question_document(RECORD['image'], [('<user> {image}', 'no')])
+  assert d.spans[2].data == '<user> {image}'
+
+
+@pytest.mark.parametrize('fields,match', [
+    (dict(view='cap'), "mix.s.view is 'cap'; allowed: caption"),
+    (dict(column='raw+rough'), "mix.s.column is 'rough'"),
+    (dict(image_place='left'), "mix.s.image_place is 'left'"),
+    (dict(view='vqa', image_place='after'), "only knows 'before'"),
+    (dict(language='ja'), "mix.s.language is 'ja'"),
+    (dict(view='text', shuffle_pairs=True), 'no pictures'),
+])
+def test_errors_name_the_field(fields, match):
+  with pytest.raises(errors.UserError, match=match.replace('+', r'\+')):
+    prompts.check('mix.s', source(**fields))
+
+
+def test_views_that_ask_need_questions():
+  for name in ('vqa', 'conversation'):
+    with pytest.raises(errors.UserError, match="'r' has no questions"):
+      prompts.VIEWS[name](dict(RECORD, id='r', questions=[]),
+                          source(view=name), np.random.default_rng(0))
