@@ -23,6 +23,7 @@ from mmgen.data import document as document_lib
 from mmgen.data import image as image_lib
 from mmgen.data import layout as layout_lib
 from mmgen.data import mixture
+from mmgen.data import prompts
 from mmgen.data import sources as sources_lib
 from mmgen.data import text
 
@@ -116,12 +117,12 @@ class Pipeline:
       raise errors.UserError(
           f'mix.{name}.view is {source.view!r} and layout.name is '
           f"{self._config.name!r}; 'pair' goes with 'pair' alone")
-    if source.view == 'text':
+    if source.view in prompts.WITHOUT_PICTURES:
       return
     if not self._fit:
       raise errors.UserError(
           f"mix.{name}.view is {source.view!r}; a model without vision reads "
-          "the view 'text' alone")
+          f"{', '.join(prompts.WITHOUT_PICTURES)} alone")
     if not pairs and self._config.images < 1:
       raise errors.UserError(
           f'layout.images is {self._config.images}, mix.{name} has pictures: '
@@ -130,7 +131,7 @@ class Pipeline:
   def _pack(self, source):
     """The function that makes a `Group` of the documents of a source."""
     layout = LAYOUTS[self._config.name]
-    if source.view == 'text':
+    if source.view in prompts.WITHOUT_PICTURES:
       images, size = 0, None
     else:
       images, size = self._config.images, self._fit['size']

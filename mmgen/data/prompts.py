@@ -8,6 +8,7 @@ and answers are learnt, and so is the <eos> between turns; the rest is read.
   question       image, <user> ... <assistant><answer> ...
   conversation   the same, all questions of the picture one after another,
                  each answer closed by <eos>            (LLaVA-1.5)
+  text, text_conversation   the same words without their picture
 
 <answer> says that a word or a short phrase follows: LLaVA-1.5 says it in words
 (arXiv 2310.03744, section 3.2), Fuyu with one id as here.
@@ -71,12 +72,12 @@ def question_document(pixels, turns, record_id=''):
   """A picture and questions about it.
 
   Args:
-    pixels: uint8 [Y, X, 3].
+    pixels: uint8 [Y, X, 3]; None for questions alone.
     turns: Pairs (question, answer); the last answer may be anything for a
       prompt, which leaves it out.
     record_id: Name of the record.
   """
-  spans = [document_lib.image(pixels)]
+  spans = [] if pixels is None else [document_lib.image(pixels)]
   for i, (question, answer) in enumerate(turns):
     if i:
       spans += render('between_turns')
@@ -122,11 +123,11 @@ def question(record, source, generator):
 
 def conversation(record, source, generator):
   """A picture and all of its questions, in random order."""
-  del source
   asked = _questions(record)
   turns = [(asked[i]['question'], asked[i]['answer'])
            for i in generator.permutation(len(asked))]
-  return question_document(record['image'], turns, record['id'])
+  pixels = None if source.view in WITHOUT_PICTURES else record['image']
+  return question_document(pixels, turns, record['id'])
 
 
 def _questions(record):
@@ -173,9 +174,10 @@ def check(where, source):
     raise errors.UserError(
         f'{where}.language is {source.language!r}; only '
         f"{where}.column 'names' is known in other languages than 'en'")
-  if source.shuffle_pairs and source.view == 'text':
+  if source.shuffle_pairs and source.view in WITHOUT_PICTURES:
     raise errors.UserError(
-        f"{where}.shuffle_pairs is set; the view 'text' has no pictures")
+        f"{where}.shuffle_pairs is set; the view {source.view!r} has no "
+        'pictures')
 
 
 VIEWS = {
@@ -183,5 +185,7 @@ VIEWS = {
     'vqa': question,
     'conversation': conversation,
     'text': text,
+    'text_conversation': conversation,
     'pair': pair,
 }
+WITHOUT_PICTURES = ('text', 'text_conversation')

