@@ -1,0 +1,118 @@
+"""The text decoder of the LLaMA family: embedding, stack, head.
+
+LLaMA (arXiv 2302.13971), Vicuna, and Qwen2.5 (arXiv 2412.15115; biases on
+query, key and value) differ in numbers only; the published ones stand in
+`SIZES`.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mmgen import partition
+from mmgen.models import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """A decoder; fields as in `transformer.StackConfig` unless noted.
+
+  Attributes:
+    vocab: rows V of the embedding and columns of the head.
+  """
+  vocab: int
+  layers: int
+  width: int
+  heads: int
+  hidden: int
+  kv_heads: int | None = None
+  head_dim: int | None = None
+  norm_eps: float = 1e-5
+  qkv_bias: bool = False
+  rope_theta: float = 1e4
+  remat: bool = False
+  unroll: bool = False
+  backend: str = 'plain'
+  dtype: str = 'float32'
+
+  @property
+  def stack(self):
+    fields = dataclasses.asdict(self)
+    del fields['vocab']
+    return transformer.StackConfig(**fields)
+
+
+class Decoder(nn.Module):
+  """Parameters {'embedding': [V, D], 'stack', 'head': {'kernel': [D, V]}}.
+
+  Every matrix starts at N(0, 0.02^2), the norms at 1, as in LLaMA's released
+  code. That suits small widths too: in pre-norm blocks only the ratio of each
+  block's output to the stream matters, and both start at the same scale.
+  """
+  config: DecoderConfig
+
+  def setup(self):
+    c = self.config
+    init = nn.initializers.normal(0.02)
+    self.embedding = self.param('embedding', init, (c.vocab, c.width))
+    self.stack = transformer.Stack(c.stack)
+    self.head = nn.Dense(c.vocab, use_bias=False, dtype=c.dtype,
+                         kernel_init=init)
+
+  def embed(self, tokens_BT):
+    """Returns the embeddings of tokens, [B, T, D] in compute dtype."""
+    table_VD = partition.constrain(self.embedding, 'vocab', 'width')
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+    return partition.constrain(
+        x_BTD.astype(self.config.dtype), 'batch', 'length', 'width')
+
+  def __call__(self, x_BTD, mask, positions_BT, cache=None, taps=()):
+    """Runs the stack; see `transformer.Stack`. Returns (hidden, out)."""
+    return self.stack(x_BTD, mask, positions_BT, cache, taps)
+
+  def logits(self, hidden_BTD):
+    """Returns the logits of hidden states, [B, T, V] in float32."""
+    logits_BTV = partition.constrain(
+        self.head(hidden_BTD), 'batch', 'length', 'vocab')
+    return logits_BTV.astype(jnp.float32)
+
+
+def sized(size, **overrides):
+  """Returns the `DecoderConfig` of a published size, fields overridden."""
+  if size not in SIZES:
+    raise ValueError(f'decoder.size: {size!r}; allowed: {", ".join(SIZES)}.')
+  return DecoderConfig(**{**SIZES[size], **overrides})
+
+
+def flops_per_token(config, keys):
+  """Forward FLOPs of one token, 2 for each multiply-add; training takes 3x.
+
+  Matrix products only, as in PaLM's account (arXiv 2204.02311, appendix B);
+  the embedding is a look-up and costs nothing.
+
+  Args:
+    config: a `DecoderConfig`.
+    keys: keys each token's attention reads; the row length T for a plain
+      forward pass, which computes and then masks.
+  """
+  blocks = config.layers * transformer.block_flops(config.stack, keys)
+  return blocks + 2 * config.width * config.vocab
+
+
+# LLaMA: arXiv 2302.13971, table 2. Vicuna v1.5 has the shape of Llama 2
+# (arXiv 2307.09288), whose norms use 1e-5. Qwen2.5: arXiv 2412.15115, table 1.
+SIZES = {
+    'llama-7b': dict(vocab=32000, layers=32, width=4096, heads=32,
+                     hidden=11008, norm_eps=1e-6),
+    'llama-13b': dict(vocab=32000, layers=40, width=5120, heads=40,
+                      hidden=13824, norm_eps=1e-6),
+    'vicuna-7b': dict(vocab=32000, layers=32, width=4096, heads=32,
+                      hidden=11008, norm_eps=1e-5),
+    'vicuna-13b': dict(vocab=32000, layers=40, width=5120, heads=40,
+                       hidden=13824, norm_eps=1e-5),
+    'qwen2.5-7b': dict(vocab=152064, layers=28, width=3584, heads=28,
+                       kv_heads=4, hidden=18944, norm_eps=1e-6, qkv_bias=True,
+                       rope_theta=1e6),
+    'mini': dict(vocab=1024, layers=3, width=128, heads=2, hidden=384),
+}

@@ -1,0 +1,369 @@
+"""Norms, MLPs, the pre-norm block, and the stack of blocks.
+
+Parameters of a stack live in one tree whose leaves carry the layer axis first,
+[L, ...], whether the stack is scanned (compiles in time independent of depth)
+or unrolled (faster steps on CPU): `unroll` is an option, never another tree.
+The stack is cut into segments at the requested taps; each segment is one scan.
+"""
+
+import dataclasses
+import functools
+import operator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmgen import partition
+from mmgen.models import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+  """A stack of equal pre-norm blocks.
+
+  Attributes:
+    layers, width, heads: depth, model width D, query heads N.
+    hidden: width F inside the MLP.
+    kv_heads: key-value heads K (default: N); heads must be a multiple.
+    head_dim: H (default: D / N).
+    norm, norm_eps: 'rms' or 'layer'.
+    mlp: 'swiglu' (three matrices), or an activation between two matrices:
+      'gelu' (exact), 'gelu_tanh', 'quick_gelu', 'relu2'.
+    qkv_bias, out_bias, mlp_bias: biases of the projections.
+    rope_theta: base of one-dimensional rotary positions; None for none.
+    final_norm: a norm after the last block.
+    init: a name in `INITS`.
+    remat: recompute each block in the backward pass.
+    unroll: a Python loop over layers in place of a scan.
+    backend: attention backend, a name in `attention.BACKENDS`.
+    dtype: compute dtype; parameters are float32 always.
+  """
+  layers: int
+  width: int
+  heads: int
+  hidden: int
+  kv_heads: int | None = None
+  head_dim: int | None = None
+  norm: str = 'rms'
+  norm_eps: float = 1e-5
+  mlp: str = 'swiglu'
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  rope_theta: float | None = None
+  final_norm: bool = True
+  init: str = 'llama'
+  remat: bool = False
+  unroll: bool = False
+  backend: str = 'plain'
+  dtype: str = 'float32'
+
+  def __post_init__(self):
+    for field, table in (('norm', NORMS), ('mlp', ('swiglu', *ACTIVATIONS)),
+                         ('init', INITS), ('backend', attention.BACKENDS)):
+      if getattr(self, field) not in table:
+        raise ValueError(f'StackConfig.{field}: {getattr(self, field)!r}; '
+                         f'allowed: {", ".join(table)}.')
+    if self.head_dim is None and self.width % self.heads:
+      raise ValueError(f'StackConfig.heads: {self.heads} does not divide width '
+                       f'{self.width}; choose a divisor or give head_dim.')
+    if self.heads % self.K:
+      raise ValueError(f'StackConfig.kv_heads: {self.K}; allowed: divisors of '
+                       f'heads, {self.heads}.')
+    if self.rope_theta is not None and self.H % 2:
+      raise ValueError(f'StackConfig.head_dim: {self.H} is odd; rotary '
+                       'positions turn pairs.')
+
+  @property
+  def K(self):
+    return self.heads if self.kv_heads is None else self.kv_heads
+
+  @property
+  def H(self):
+    return self.head_dim or self.width // self.heads
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) in fp32, cast back, then times the scale (LLaMA's order)."""
+  epsilon: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    x = x.astype(jnp.float32)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    return x.astype(self.dtype) * _over_last(scale.astype(self.dtype), x)
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm in fp32 with scale and bias."""
+  epsilon: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    x = x.astype(jnp.float32)
+    x -= jnp.mean(x, axis=-1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    x = x * _over_last(scale, x) + _over_last(bias, x)
+    return x.astype(self.dtype)
+
+
+def _over_last(vector, x):
+  """Lets a vector broadcast along the last axis of `x`, explicitly."""
+  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def quick_gelu(x):
+  """CLIP's x * sigmoid(1.702 x)."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def relu2(x):
+  """Squared ReLU (Primer, arXiv 2109.08668)."""
+  return jnp.square(jax.nn.relu(x))
+
+
+def _llama_init(config):
+  """Every matrix at 0.02, as LLaMA's released code initialises."""
+  del config
+  return dict(attention=0.02, attention_out=0.02, mlp=0.02, mlp_out=0.02)
+
+
+def _clip_init(config):
+  """By width, outputs also by depth (CLIP, arXiv 2103.00020, released code)."""
+  attention_std = config.width ** -0.5
+  out_std = attention_std * (2 * config.layers) ** -0.5
+  return dict(attention=attention_std, attention_out=out_std,
+              mlp=(2 * config.width) ** -0.5, mlp_out=out_std)
+
+
+class SelfAttention(nn.Module):
+  """Grouped-query self-attention, with rotary positions where configured."""
+  config: StackConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, mask, positions_BT, cache):
+    c = self.config
+    std = INITS[c.init](c)
+    project = functools.partial(
+        nn.DenseGeneral, dtype=c.dtype, use_bias=c.qkv_bias,
+        kernel_init=nn.initializers.normal(std['attention']))
+    q = project((c.heads, c.H), name='query')(x_BTD)
+    k = project((c.K, c.H), name='key')(x_BTD)
+    v = project((c.K, c.H), name='value')(x_BTD)
+    if c.rope_theta is not None:
+      q = attention.rotary(q, positions_BT, c.rope_theta)
+      k = attention.rotary(k, positions_BT, c.rope_theta)
+    q = partition.constrain(q, 'batch', 'length', 'heads', 'head_dim')
+    if cache is not None:
+      rows = jnp.arange(x_BTD.shape[0])[:, None]
+      slots = mask.query_positions_BT
+      k = cache['key'].at[rows, slots].set(k.astype(cache['key'].dtype))
+      v = cache['value'].at[rows, slots].set(v.astype(cache['value'].dtype))
+      cache = {'key': k, 'value': v}
+    out = attention.attend(q, k, v, mask, backend=c.backend)
+    out = nn.DenseGeneral(
+        c.width, axis=(-2, -1), dtype=c.dtype, use_bias=c.out_bias,
+        kernel_init=nn.initializers.normal(std['attention_out']),
+        name='out')(out)
+    return out, cache
+
+
+class Mlp(nn.Module):
+  """SwiGLU, down(silu(gate) * up), or down(activation(up))."""
+  config: StackConfig
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    c = self.config
+    std = INITS[c.init](c)
+    dense = functools.partial(nn.Dense, dtype=c.dtype, use_bias=c.mlp_bias)
+    widen = functools.partial(
+        dense, c.hidden, kernel_init=nn.initializers.normal(std['mlp']))
+    up = widen(name='up')(x_BTD)
+    if c.mlp == 'swiglu':
+      h_BTF = jax.nn.silu(widen(name='gate')(x_BTD)) * up
+    else:
+      h_BTF = ACTIVATIONS[c.mlp](up)
+    h_BTF = partition.constrain(h_BTF, 'batch', 'length', 'hidden')
+    return dense(c.width, kernel_init=nn.initializers.normal(std['mlp_out']),
+                 name='down')(h_BTF)
+
+
+class Block(nn.Module):
+  """x += attention(norm(x)); x += mlp(norm(x))."""
+  config: StackConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, mask, positions_BT, cache):
+    c = self.config
+    norm = functools.partial(NORMS[c.norm], c.norm_eps, c.dtype)
+    change, cache = SelfAttention(c, name='attention')(
+        norm(name='attention_norm')(x_BTD), mask, positions_BT, cache)
+    x_BTD = x_BTD + change
+    x_BTD = x_BTD + Mlp(c, name='mlp')(norm(name='mlp_norm')(x_BTD))
+    return partition.constrain(x_BTD, 'batch', 'length', 'width'), cache
+
+
+class Stack(nn.Module):
+  """A stack of blocks; parameters {'blocks': leaves [L, ...], 'final_norm'}."""
+  config: StackConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, mask, positions_BT=None, cache=None, taps=()):
+    """Runs all blocks, then the final norm.
+
+    Args:
+      x_BTD: input embeddings.
+      mask: `attention.Mask`; with a cache, its `query_positions_BT` are also
+        the cache slots that this call writes.
+      positions_BT: rotary positions; required exactly if `rope_theta` is set.
+      cache: from `init_cache`, or from the `out` of an earlier call.
+      taps: layers whose output is asked for: 0 is the input, 1 the output of
+        the first block, ... (before the final norm).
+
+    Returns:
+      ([B, T, D], out) with out['taps'] = {tap: [B, T, D]}, out['cache'] if a
+      cache was given.
+    """
+    c = self.config
+    if (positions_BT is None) != (c.rope_theta is None):
+      found = 'missing' if positions_BT is None else 'given'
+      raise ValueError('Stack: positions_BT must be given exactly if '
+                       f'rope_theta is set: it is {c.rope_theta}, positions '
+                       f'are {found}.')
+    if cache is not None and mask.query_positions_BT is None:
+      raise ValueError('Stack: with a cache, Mask.query_positions_BT must say '
+                       'which slots are written; it is missing.')
+    if not all(0 <= tap <= c.layers for tap in taps):
+      raise ValueError(f'Stack: taps {taps}; allowed: 0 to {c.layers}.')
+
+    blocks = self.param('blocks', _init_blocks, c)
+    x_BTD = x_BTD.astype(c.dtype)
+    tapped = {0: x_BTD} if 0 in taps else {}
+    caches = []
+    run = _run_unrolled if c.unroll else _run_scanned
+    borders = sorted({0, c.layers, *taps})
+    for first, last in zip(borders, borders[1:]):
+      x_BTD, written = run(c, _cut(blocks, first, last, c.layers), x_BTD, mask,
+                           positions_BT, _cut_cache(cache, first, last, c))
+      caches.append(written)
+      if last in taps:
+        tapped[last] = x_BTD
+    if c.final_norm:
+      x_BTD = NORMS[c.norm](c.norm_eps, c.dtype, name='final_norm')(x_BTD)
+    out = {'taps': tapped}
+    if cache is not None:
+      out['cache'] = _join_caches(caches, c)
+    return x_BTD, out
+
+
+def init_cache(config, batch, length, dtype):
+  """Empty key-value cache of `length` slots for each of `batch` rows.
+
+  Returns:
+    Unrolled: a tuple with {'key', 'value'}: [B, S, K, H] for each layer, which
+    XLA updates in place. Scanned: one such dict of [L, B, S, K, H].
+  """
+  shape = (batch, length, config.K, config.H)
+  if config.unroll:
+    return tuple({name: jnp.zeros(shape, dtype) for name in ('key', 'value')}
+                 for _ in range(config.layers))
+  return {name: jnp.zeros((config.layers, *shape), dtype)
+          for name in ('key', 'value')}
+
+
+def block_flops(config, keys):
+  """Forward FLOPs of one token in one block; 2 for each multiply-add.
+
+  Args:
+    config: a `StackConfig`.
+    keys: keys that the token's attention reads, on average.
+  """
+  c = config
+  projections = c.width * c.H * (2 * c.heads + 2 * c.K)
+  mixing = 2 * keys * c.heads * c.H
+  mlp = (3 if c.mlp == 'swiglu' else 2) * c.width * c.hidden
+  return 2 * (projections + mixing + mlp)
+
+
+def _init_blocks(rng, config):
+  """Independent initial parameters for each layer, stacked."""
+  x = jnp.zeros((1, 1, config.width), config.dtype)
+  positions = jnp.zeros((1, 1), jnp.int32)
+  def init(key):
+    return Block(config, parent=None).init(
+        key, x, attention.Mask(), positions, None)['params']
+  return jax.vmap(init)(jax.random.split(rng, config.layers))
+
+
+def _block_function(config):
+  def apply(params, x_BTD, mask, positions_BT, cache):
+    return Block(config, parent=None).apply(
+        {'params': params}, x_BTD, mask, positions_BT, cache)
+  if config.remat:
+    # Inside a scan XLA cannot merge the two passes, so it need not be fenced.
+    apply = jax.checkpoint(apply, prevent_cse=config.unroll)
+  return apply
+
+
+def _run_unrolled(config, blocks, x_BTD, mask, positions_BT, caches):
+  apply = _block_function(config)
+  written = []
+  for layer in range(jax.tree.leaves(blocks)[0].shape[0]):
+    params = jax.tree.map(operator.itemgetter(layer), blocks)
+    x_BTD, cache = apply(params, x_BTD, mask, positions_BT,
+                         caches[layer] if caches else None)
+    written.append(cache)
+  return x_BTD, tuple(written)
+
+
+def _run_scanned(config, blocks, x_BTD, mask, positions_BT, cache):
+  """The cache travels in the carry, which XLA updates in place."""
+  apply = _block_function(config)
+  def body(carry, scanned):
+    x_BTD, stacked = carry
+    params, layer = scanned
+    cache = jax.tree.map(lambda leaf: leaf[layer], stacked)
+    x_BTD, cache = apply(params, x_BTD, mask, positions_BT, cache)
+    stacked = jax.tree.map(
+        lambda leaf, new: leaf.at[layer].set(new), stacked, cache)
+    return (x_BTD, stacked), None
+  depth = jax.tree.leaves(blocks)[0].shape[0]
+  carry, _ = jax.lax.scan(body, (x_BTD, cache), (blocks, jnp.arange(depth)))
+  return carry
+
+
+def _cut(blocks, first, last, layers):
+  if (first, last) == (0, layers):
+    return blocks
+  return jax.tree.map(lambda leaf: leaf[first:last], blocks)
+
+
+def _cut_cache(cache, first, last, config):
+  if cache is None or config.unroll:
+    return cache and cache[first:last]
+  return _cut(cache, first, last, config.layers)
+
+
+def _join_caches(caches, config):
+  if config.unroll:
+    return sum(caches, ())
+  if len(caches) == 1:
+    return caches[0]
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+
+
+NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
+ACTIVATIONS = {
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'quick_gelu': quick_gelu,
+    'relu2': relu2,
+}
+INITS = {'llama': _llama_init, 'clip': _clip_init}
