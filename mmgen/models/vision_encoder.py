@@ -1,0 +1,305 @@
+"""Vision transformer: the image tower of CLIP and SigLIP.
+
+One module serves two uses with one tree of parameters, so that a tower trained
+by the one can be handed to the other:
+
+  `encode`    one embedding an image, for contrastive models
+  `__call__`  a table of patch features, for decoders and as a teacher: what
+              LLaVA takes from CLIP is the output of the last block but one,
+              without the class token and without the final norm (`tap` -2)
+
+Sources: ViT, arXiv 2010.11929, section 3.1; CLIP, arXiv 2103.00020, section
+2.4; SigLIP, arXiv 2303.15343; LLaVA-1.5, arXiv 2310.03744, section 3.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mmgen import partition
+from mmgen.data import layout
+from mmgen.models import attention
+from mmgen.models import transformer
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionEncoderConfig:
+  """A vision transformer; the defaults are OpenAI's CLIP.
+
+  Attributes:
+    image_size: pixels (Y, X). What is left of `patch` at the lower and right
+      edge is cut off.
+    patch: pixels along each edge of a patch.
+    layers, width, heads, hidden: as in `transformer.StackConfig`.
+    mlp: 'quick_gelu' (OpenAI), 'gelu' (OpenCLIP, EVA), 'gelu_tanh' (SigLIP).
+    norm_eps: of every layer norm.
+    stem_bias: bias of the patch embedding.
+    class_token: a learned token before the patches.
+    pre_norm: a norm between the embeddings and the first block.
+    pooling: a name in `POOLINGS`, for `encode`.
+    tap: which hidden state makes the table, as an index into (input, block 1,
+      ... block L): -1 is the last block's, -2 the one before. None: the last
+      one after the final norm.
+    mean, std: of the pixels in 0..1, by channel.
+    remat, unroll, backend, dtype: as in `transformer.StackConfig`.
+  """
+  image_size: tuple[int, int]
+  patch: int
+  layers: int
+  width: int
+  heads: int
+  hidden: int
+  mlp: str = 'quick_gelu'
+  norm_eps: float = 1e-5
+  stem_bias: bool = False
+  class_token: bool = True
+  pre_norm: bool = True
+  pooling: str = 'cls'
+  tap: int | None = -2
+  mean: tuple[float, float, float] = CLIP_MEAN
+  std: tuple[float, float, float] = CLIP_STD
+  remat: bool = False
+  unroll: bool = False
+  backend: str = 'plain'
+  dtype: str = 'float32'
+
+  def __post_init__(self):
+    if self.pooling not in POOLINGS:
+      raise ValueError(f'vision.pooling is {self.pooling!r}; allowed: '
+                       f'{", ".join(POOLINGS)}.')
+    if self.pooling == 'cls' and not self.class_token:
+      raise ValueError("vision.pooling is 'cls', but vision.class_token is "
+                       'False; pool by another way or add the token.')
+    if min(self.image_size) < self.patch:
+      raise ValueError(f'vision.image_size is {self.image_size}, smaller than '
+                       f'vision.patch, {self.patch}.')
+    if self.tap is not None and not -self.layers - 1 <= self.tap < 0:
+      raise ValueError(f'vision.tap is {self.tap}; allowed: None, or '
+                       f'{-self.layers - 1} (the input) to -1 (last block).')
+
+  @property
+  def grid(self):
+    """Rows and columns of patches."""
+    return tuple(size // self.patch for size in self.image_size)
+
+  @property
+  def tokens(self):
+    """Length of the sequence, with the class token."""
+    rows, cols = self.grid
+    return rows * cols + self.class_token
+
+  @property
+  def stack(self):
+    return transformer.StackConfig(
+        layers=self.layers, width=self.width, heads=self.heads,
+        hidden=self.hidden, norm='layer', norm_eps=self.norm_eps, mlp=self.mlp,
+        qkv_bias=True, out_bias=True, mlp_bias=True, init='clip',
+        remat=self.remat, unroll=self.unroll, backend=self.backend,
+        dtype=self.dtype)
+
+  def image_layout(self, image_size):
+    """The slots of the table that `VisionEncoder.__call__` returns."""
+    self.check(image_size)
+    return layout.ImageLayout(*self.grid)
+
+  def check(self, image_size):
+    """Raises ValueError unless images have the size of the position table."""
+    if tuple(image_size) != tuple(self.image_size):
+      raise ValueError(
+          f'images have {tuple(image_size)} pixels (rows, columns), but '
+          f'vision.image_size, to which the positions belong, is '
+          f'{tuple(self.image_size)}; make the two equal.')
+
+
+def patchify(images_BYXC, patch):
+  """Cuts images into patches, row by row: [B, P, patch * patch * C].
+
+  Inside a patch the order is rows, columns, channels. What does not fill a
+  patch at the lower and right edge is cut off, as an unpadded convolution
+  does.
+  """
+  B, Y, X, C = images_BYXC.shape
+  rows, cols = Y // patch, X // patch
+  x = images_BYXC[:, :rows * patch, :cols * patch]
+  x = x.reshape(B, rows, patch, cols, patch, C).swapaxes(2, 3)
+  return x.reshape(B, rows * cols, patch * patch * C)
+
+
+class MapPooling(nn.Module):
+  """Multi-head attention pooling (SigLIP; Lee et al., arXiv 1810.00825).
+
+  A learned probe attends to all tokens; then x + mlp(norm(x)).
+  """
+  config: transformer.StackConfig
+
+  @nn.compact
+  def __call__(self, x_BPD):
+    c = self.config
+    probe_D = self.param(
+        'probe', nn.initializers.normal(c.width ** -0.5), (c.width,))
+    probe_B1D = jnp.broadcast_to(
+        probe_D.astype(c.dtype), (x_BPD.shape[0], 1, c.width))
+    project = lambda name, x: nn.DenseGeneral(
+        (c.heads, c.H), dtype=c.dtype, name=name)(x)
+    x_B1NH = attention.attend(
+        project('query', probe_B1D), project('key', x_BPD),
+        project('value', x_BPD), attention.Mask(), backend=c.backend)
+    x_B1D = nn.DenseGeneral(
+        c.width, axis=(-2, -1), dtype=c.dtype, name='out')(x_B1NH)
+    norm = transformer.NORMS[c.norm](c.norm_eps, c.dtype, name='norm')
+    x_B1D = x_B1D + transformer.Mlp(c, name='mlp')(norm(x_B1D))
+    return x_B1D[:, 0]
+
+
+class VisionEncoder(nn.Module):
+  """Images to patch features (`__call__`) or to one embedding (`encode`)."""
+  config: VisionEncoderConfig
+
+  def __call__(self, images_BIYXC, image_box_BI4):
+    """Makes the table from which a decoder takes its visual slots.
+
+    Args:
+      images_BIYXC: uint8 pixels.
+      image_box_BI4: valid cells; not read, since this encoder sees padding as
+        it sees picture and leaves it to the layout to skip it.
+
+    Returns:
+      (table_BIPD, out); P cells row by row, no class token. `out` has 'taps'
+      and 'hidden', of images [B * I].
+    """
+    del image_box_BI4
+    B, I = images_BIYXC.shape[:2]
+    c = self.config
+    taps = () if c.tap is None else (c.layers + 1 + c.tap,)
+    x_BPD, out = self._tokens(
+        images_BIYXC.reshape(B * I, *images_BIYXC.shape[2:]), taps)
+    x_BPD = out['taps'][taps[0]] if taps else x_BPD
+    x_BPD = x_BPD[:, int(c.class_token):]
+    return x_BPD.reshape(B, I, *x_BPD.shape[1:]), out
+
+  def encode(self, images_BYXC, taps=()):
+    """Embeds each image as one vector, without a projection.
+
+    Args:
+      images_BYXC: uint8 pixels.
+      taps: blocks whose output is wanted in out['taps']; 0 is the input.
+
+    Returns:
+      (pooled_BD, out); out['hidden'] are all tokens after the final norm.
+    """
+    return self._tokens(images_BYXC, taps, pool=True)
+
+  @nn.compact
+  def _tokens(self, images_BYXC, taps, pool=False):
+    c = self.config
+    c.check(images_BYXC.shape[1:3])
+    x_BPD = nn.Dense(
+        c.width, use_bias=c.stem_bias, dtype=c.dtype, name='patch_embedding'
+    )(patchify(self._normalise(images_BYXC), c.patch))
+    init = nn.initializers.normal(c.width ** -0.5)
+    if c.class_token:
+      class_D = self.param('class_embedding', init, (c.width,))
+      class_B1D = jnp.broadcast_to(
+          class_D.astype(c.dtype), (x_BPD.shape[0], 1, c.width))
+      x_BPD = jnp.concatenate([class_B1D, x_BPD], axis=1)
+    positions = self.param('position_embedding', init, (c.tokens, c.width))
+    x_BPD += positions[None].astype(c.dtype)
+    if c.pre_norm:
+      x_BPD = transformer.NORMS['layer'](
+          c.norm_eps, c.dtype, name='pre_norm')(x_BPD)
+    x_BPD = partition.constrain(x_BPD, 'batch', 'patches', 'width')
+    x_BPD, out = transformer.Stack(c.stack, name='stack')(
+        x_BPD, attention.Mask(), taps=taps)
+    out['hidden'] = x_BPD
+    if not pool:
+      return x_BPD, out
+    if c.pooling == 'map':
+      return MapPooling(c.stack, name='head')(x_BPD), out
+    return POOLINGS[c.pooling](x_BPD), out
+
+  def _normalise(self, images):
+    c = self.config
+    # In float32, since 1/255 is not exact in bfloat16.
+    mean = jnp.asarray(c.mean, jnp.float32)[None, None, None]
+    std = jnp.asarray(c.std, jnp.float32)[None, None, None]
+    return (images.astype(jnp.float32) / 255 - mean) / std
+
+
+def sized(size, **overrides):
+  """Returns the config of a published size, fields overridden.
+
+  Raises:
+    ValueError: an unknown size or field.
+  """
+  if size not in SIZES:
+    raise ValueError(f'vision.size: {size!r}; allowed: {", ".join(SIZES)}.')
+  known = [f.name for f in dataclasses.fields(VisionEncoderConfig)]
+  unknown = sorted(overrides.keys() - set(known))
+  if unknown:
+    raise ValueError(f'vision: unknown fields {unknown}; allowed: '
+                     f'{", ".join(known)}.')
+  return dataclasses.replace(SIZES[size], **overrides)
+
+
+def flops(config, pooled=True):
+  """Forward FLOPs of one image; 2 for each multiply-add.
+
+  Args:
+    config: a `VisionEncoderConfig`.
+    pooled: for `encode`; else for the table, which needs no blocks above `tap`.
+  """
+  c = config
+  patches = c.tokens - c.class_token
+  blocks = c.layers
+  if not pooled and c.tap is not None:
+    blocks += 1 + c.tap
+  total = 2 * patches * 3 * c.patch ** 2 * c.width
+  total += blocks * c.tokens * transformer.block_flops(c.stack, c.tokens)
+  if pooled and c.pooling == 'map':
+    # Keys and values of all tokens, one query, its mixing, output and MLP.
+    total += 4 * c.tokens * c.width ** 2 + 4 * c.width ** 2
+    total += 4 * c.tokens * c.width + 4 * c.width * c.hidden
+  return total
+
+
+# 'map' has parameters: it is `MapPooling`.
+POOLINGS = {
+    'cls': lambda x_BPD: x_BPD[:, 0],
+    'mean': lambda x_BPD: jnp.mean(x_BPD, axis=1),
+    'map': MapPooling,
+}
+
+
+def _clip(size, patch, layers, width, heads):
+  return VisionEncoderConfig(
+      image_size=(size, size), patch=patch, layers=layers, width=width,
+      heads=heads, hidden=4 * width)
+
+
+def _siglip(size, patch, layers, width, heads, hidden):
+  return VisionEncoderConfig(
+      image_size=(size, size), patch=patch, layers=layers, width=width,
+      heads=heads, hidden=hidden, mlp='gelu_tanh', norm_eps=1e-6,
+      stem_bias=True, class_token=False, pre_norm=False, pooling='map',
+      mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+# Those of arXiv 2103.00020, table 20; arXiv 2303.15343; and small ones for
+# drawn scenes of 32 pixels.
+SIZES = {
+    'mini': VisionEncoderConfig(
+        image_size=(32, 32), patch=8, layers=3, width=128, heads=2, hidden=512,
+        mlp='gelu', unroll=True),
+    'clip-b32': _clip(224, 32, 12, 768, 12),
+    'clip-b16': _clip(224, 16, 12, 768, 12),
+    'clip-l14': _clip(224, 14, 24, 1024, 16),
+    'clip-l14-336': _clip(336, 14, 24, 1024, 16),
+    'siglip-b16': _siglip(224, 16, 12, 768, 12, 3072),
+    'siglip-l16-256': _siglip(256, 16, 24, 1024, 16, 4096),
+    'siglip-so400m': _siglip(224, 14, 27, 1152, 16, 4304),
+    'siglip-so400m-384': _siglip(384, 14, 27, 1152, 16, 4304),
+}
