@@ -1,0 +1,239 @@
+"""The next-token model over text and pictures, assembled by config.
+
+  pictures  -> vision -> connector -> table of P embeddings a picture
+  tokens    -> text embedding      -> one embedding a slot
+  splice: slot t takes table entry `visual[t]` where that is >= 0
+  decoder: causal within each segment of the packed row -> logits
+
+How a picture becomes slots is decided in `data/layout.py`; this file only
+follows the indices found in the batch. A decoder alone (no vision) is the same
+model with `vision=None`; a batch without pictures is the same call.
+"""
+
+import dataclasses
+from typing import Any
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mmgen.models import attention
+from mmgen.models import connector as connector_lib
+from mmgen.models import decoder as decoder_lib
+from mmgen.models import patch_embedding
+from mmgen.models import transformer
+from mmgen.models import vision_encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class MultimodalConfig:
+  """Attributes:
+    decoder: the text decoder.
+    vision: config of a module in `VISION`; None for text only.
+    connector: from vision to decoder; None exactly if vision is.
+  """
+  decoder: decoder_lib.DecoderConfig
+  vision: Any = None
+  connector: connector_lib.ConnectorConfig | None = None
+
+
+class MultimodalDecoder(nn.Module):
+  """Parameters {'vision', 'connector', 'decoder'}, those that have any.
+
+  A batch holds the arrays of one source as `layout.sequence` makes them:
+  tokens, segments, positions [B, T]; and, if the source has pictures, visual
+  [B, T], images [B, I, Y, X, 3], image_box [B, I, 4].
+  """
+  config: MultimodalConfig
+
+  def setup(self):
+    c = self.config
+    self.decoder = decoder_lib.Decoder(c.decoder)
+    if c.vision is not None:
+      self.vision = _part(c.vision).module(c.vision)
+      self.connector = connector_lib.CONNECTORS[c.connector.name](c.connector)
+
+  def __call__(self, batch, train=False, taps=()):
+    """Predicts the token after every slot.
+
+    Args:
+      batch: arrays of one source.
+      train: accepted for the sake of models that drop out; nothing does here.
+      taps: layers asked for in out['taps'], as in `transformer.Stack`.
+
+    Returns:
+      (logits_BTV float32, out) with out['input'] the spliced embeddings,
+      out['hidden'] the normed output of the last block, out['taps'], and the
+      vision module's own as 'vision/...'.
+    """
+    del train
+    x_BTD, out = self._splice(batch)
+    mask = attention.Mask(causal=True, segments_BT=batch['segments'])
+    hidden_BTD, inner = self.decoder(
+        x_BTD, mask, batch['positions'], taps=taps)
+    out |= dict(input=x_BTD, hidden=hidden_BTD, taps=inner['taps'])
+    return self.decoder.logits(hidden_BTD), out
+
+  def embed(self, batch):
+    """Returns the spliced embeddings of a batch, [B, T, D]."""
+    return self._splice(batch)[0]
+
+  def prefill(self, batch, lengths_B, cache):
+    """Reads prompts, one right-padded row each, into an empty cache.
+
+    Args:
+      batch: arrays of one source; every row is one document.
+      lengths_B: number of slots in use.
+      cache: from `init_cache`, at least as long as the rows.
+
+    Returns:
+      (logits_BV after the last slot of each row, cache). What the padding
+      left in the cache is hidden by causality until `extend` overwrites it.
+    """
+    x_BTD = self.embed(batch)
+    B, T = x_BTD.shape[:2]
+    slots_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    hidden_BTD, cache = self._cached(x_BTD, slots_BT, cache)
+    last = (lengths_B - 1)[:, None, None]
+    hidden_B1D = jnp.take_along_axis(hidden_BTD, last, axis=1)
+    return self.decoder.logits(hidden_B1D)[:, 0], cache
+
+  def extend(self, tokens_B1, positions_B, cache):
+    """Reads one more token of each row, at its own position.
+
+    Returns:
+      (logits_BV, cache).
+    """
+    x_B1D = self.decoder.embed(tokens_B1)
+    hidden_B1D, cache = self._cached(x_B1D, positions_B[:, None], cache)
+    return self.decoder.logits(hidden_B1D)[:, 0], cache
+
+  def _cached(self, x_BTD, slots_BT, cache):
+    mask = attention.Mask(causal=True, query_positions_BT=slots_BT)
+    hidden_BTD, out = self.decoder(x_BTD, mask, slots_BT, cache=cache)
+    return hidden_BTD, out['cache']
+
+  def _splice(self, batch):
+    x_BTD = self.decoder.embed(batch['tokens'])
+    if 'images' not in batch:
+      return x_BTD, {}
+    if self.config.vision is None:
+      raise ValueError('model.vision is None, but the batch has images; choose '
+                       f'a vision module ({", ".join(VISION)}) or a source '
+                       'without pictures.')
+    table_BIPD, out = self.vision(batch['images'], batch['image_box'])
+    table_BIPD = self.connector(table_BIPD)
+    # One table for each row: `visual` counts through those of its pictures.
+    table_BPD = table_BIPD.reshape(len(table_BIPD), -1, table_BIPD.shape[-1])
+    visual_BT1 = batch['visual'][:, :, None]
+    picture_BTD = jnp.take_along_axis(
+        table_BPD, jnp.maximum(visual_BT1, 0), axis=1)
+    out = {f'vision/{name}': value for name, value in out.items()}
+    return jnp.where(visual_BT1 >= 0, picture_BTD, x_BTD), out
+
+
+def init_cache(config, batch, length, dtype=None):
+  """Empty cache for `batch` rows of up to `length` slots; see `transformer`."""
+  return transformer.init_cache(
+      config.decoder.stack, batch, length, dtype or config.decoder.dtype)
+
+
+def example_batch(config, image_size):
+  """The smallest batch that creates all parameters: one slot, one picture.
+
+  Args:
+    config: a `MultimodalConfig`.
+    image_size: pixels (rows, columns); parameters of some vision modules
+      depend on it.
+  """
+  slot = jnp.zeros((1, 1), jnp.int32)
+  batch = dict(tokens=slot, segments=slot, positions=slot)
+  if config.vision is not None:
+    batch |= dict(visual=slot, images=jnp.zeros((1, 1, *image_size, 3),
+                                                jnp.uint8),
+                  image_box=jnp.zeros((1, 1, 4), jnp.int32))
+  return batch
+
+
+def flops(config, length, images, image_size):
+  """Forward FLOPs of one row, 2 for each multiply-add; training takes 3x.
+
+  Args:
+    config: a `MultimodalConfig`.
+    length: slots T of the row; each is counted as reading T keys.
+    images: picture slots I; empty ones are computed too.
+    image_size: pixels (rows, columns).
+  """
+  total = length * decoder_lib.flops_per_token(config.decoder, length)
+  if config.vision is not None:
+    entries = config.vision.image_layout(image_size).table_size
+    total += images * (
+        _part(config.vision).flops(config.vision, image_size)
+        + entries * connector_lib.flops(config.connector, config.vision.width))
+  return total
+
+
+def build(config, vocab=None):
+  """Makes the model of an experiment's config.
+
+  Args:
+    config: with `model.decoder`, `model.vision` (None or {} for text only),
+      `model.connector` and `dtype`. `model.decoder.size` may name a published
+      size, whose fields the others override.
+    vocab: rows of the text embedding; default `model.decoder.vocab`.
+
+  Raises:
+    ValueError: an unknown name or field, or widths that do not fit.
+  """
+  shared = dict(dtype=config.dtype)
+  fields = dict(config.model.decoder.items()) | shared
+  if vocab is not None:
+    fields['vocab'] = vocab
+  text = (decoder_lib.sized(fields.pop('size'), **fields) if 'size' in fields
+          else _make(decoder_lib.DecoderConfig, fields, 'decoder'))
+  if not config.model.get('vision'):
+    return MultimodalDecoder(MultimodalConfig(text))
+  fields = dict(config.model.vision.items()) | shared
+  name = fields.pop('name')
+  if name not in VISION:
+    raise ValueError(f'model.vision.name: {name!r}; allowed: '
+                     f'{", ".join(VISION)}.')
+  vision = _make(VISION[name].config, fields, 'vision')
+  fields = dict(config.model.connector.items()) | shared
+  return MultimodalDecoder(MultimodalConfig(text, vision, _make(
+      connector_lib.ConnectorConfig, fields | dict(width=text.width),
+      'connector')))
+
+
+def _make(kind, fields, where):
+  known = {f.name: f for f in dataclasses.fields(kind)}
+  unknown = sorted(fields.keys() - known.keys())
+  missing = sorted(name for name, f in known.items() if name not in fields
+                   and f.default is dataclasses.MISSING)
+  if unknown or missing:
+    raise ValueError(f'model.{where}: unknown fields {unknown}, missing fields '
+                     f'{missing}; allowed: {", ".join(known)}.')
+  return kind(**fields)
+
+
+class Vision(NamedTuple):
+  """A way of seeing: its config class, module, and FLOPs of one picture."""
+  config: type
+  module: type
+  flops: Any
+
+
+def _part(config):
+  return next(v for v in VISION.values() if isinstance(config, v.config))
+
+
+VISION = {
+    'linear_patches': Vision(
+        patch_embedding.LinearPatchesConfig, patch_embedding.LinearPatches,
+        patch_embedding.linear_flops),
+    'eve': Vision(patch_embedding.EveConfig, patch_embedding.Eve,
+                  patch_embedding.eve_flops),
+    'vit': Vision(
+        vision_encoder.VisionEncoderConfig, vision_encoder.VisionEncoder,
+        lambda config, _: vision_encoder.flops(config, pooled=False)),
+}

@@ -1,0 +1,265 @@
+"""Pictures to embeddings without an encoder: linear patches, EVE's layer.
+
+Both return for each picture a table of P embeddings, from which the layout
+(`data/layout.py`) picks those that get a slot in the sequence:
+
+  linear patches (Fuyu-8B)   the cells of the grid, row by row
+  EVE's patch embedding      a class embedding; then for each row of the grid
+  layer                      its cells and one split embedding
+
+Tables always describe the full grid, padding included, so shapes are static;
+`image_box` says which cells are picture. EVE's class embedding looks at those
+alone, and every other entry depends on its own cell only, so that the slots in
+use do not depend on the padding at all.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmgen import partition
+from mmgen.data import layout
+from mmgen.models import attention
+from mmgen.models import transformer
+from mmgen.models import vision_encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPatchesConfig:
+  """Fuyu-8B's way (model card; the published code is its specification).
+
+  Attributes:
+    width: width D of an embedding; the decoder's, as nothing follows.
+    patch: pixels along each edge of a patch.
+    newline: what ends a row of patches, as in `layout.ImageLayout`; Fuyu puts
+      an ordinary token there.
+    mean, std: of the pixels in 0..1, by channel.
+    dtype: compute dtype.
+  """
+  width: int
+  patch: int = 30
+  newline: str = 'token'
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  dtype: str = 'float32'
+
+  def image_layout(self, image_size):
+    """The slots of a picture of `image_size` (rows, columns) pixels."""
+    rows, cols = _grid(image_size, self.patch, 'vision.patch')
+    return layout.ImageLayout(rows, cols, newline=self.newline)
+
+
+class LinearPatches(nn.Module):
+  """One linear map from the pixels of a patch; no norm, no positions.
+
+  Parameters {'projection': {'kernel': [patch * patch * C, D], 'bias'}}; pixels
+  of a patch in the order row, column, channel. The kernel starts at
+  N(0, 0.02^2), as the published configuration says.
+  """
+  config: LinearPatchesConfig
+
+  @nn.compact
+  def __call__(self, images_BIYXC, image_box_BI4):
+    """Returns (table_BIPD, out) of uint8 pictures; see the head of the file."""
+    del image_box_BI4  # cells do not see each other
+    c = self.config
+    patches = _patches(images_BIYXC, c)
+    table_BIPD = nn.Dense(
+        c.width, dtype=c.dtype, kernel_init=nn.initializers.normal(0.02),
+        name='projection')(patches)
+    return table_BIPD, {'patches': table_BIPD}
+
+
+@dataclasses.dataclass(frozen=True)
+class EveConfig:
+  """EVE's patch embedding layer (arXiv 2406.11832, section 3.1).
+
+  Attributes:
+    width: width D of the layer; a connector maps it to the decoder's.
+    heads: attention heads N of both cross-attentions.
+    patch: pixels along each edge of a raw patch.
+    pool: raw patches along each edge of a cell.
+    norm_eps: of the layer norms.
+    mean, std: of the pixels in 0..1, by channel.
+    dtype: compute dtype.
+  """
+  width: int = 1024
+  heads: int = 8
+  patch: int = 14
+  pool: int = 2
+  norm_eps: float = 1e-5
+  mean: tuple[float, float, float] = vision_encoder.CLIP_MEAN
+  std: tuple[float, float, float] = vision_encoder.CLIP_STD
+  dtype: str = 'float32'
+
+  def __post_init__(self):
+    if self.width % self.heads:
+      raise ValueError(f'vision.heads is {self.heads}; allowed: divisors of '
+                       f'vision.width, {self.width}.')
+
+  def image_layout(self, image_size):
+    """The slots of a picture of `image_size` (rows, columns) pixels."""
+    rows, cols = _grid(image_size, self.patch * self.pool,
+                       'vision.patch * vision.pool')
+    return layout.ImageLayout(rows, cols, class_slot=True, newline='table')
+
+
+class Eve(nn.Module):
+  """EVE's patch embedding layer, without the two-layer MLP after it.
+
+  That MLP is the connector 'mlp': class and split embeddings pass through it
+  too. Matrices start as PyTorch's defaults (the reference builds this layer
+  after the initialisation of its language model), class and split embeddings
+  at N(0, 1). Before a decoder that is trained from scratch at a small width
+  the connector scales all of them to about the size of what it gives for
+  cells, which is larger than a text embedding of 0.02; pre-norm blocks take
+  that well.
+  """
+  config: EveConfig
+
+  @nn.compact
+  def __call__(self, images_BIYXC, image_box_BI4):
+    """Makes the table of each picture.
+
+    Args:
+      images_BIYXC: uint8 pixels.
+      image_box_BI4: the cells (top, left, rows, cols) that are picture; all
+        zeros for an empty slot, whose table nothing may read.
+
+    Returns:
+      (table_BIPD, out), P = 1 + rows * (cols + 1).
+    """
+    c = self.config
+    grid = c.image_layout(images_BIYXC.shape[2:4])
+    patches_BIPD = nn.Dense(
+        c.width, use_bias=False, dtype=c.dtype, kernel_init=torch_kernel,
+        name='patch_embedding')(_patches(images_BIYXC, c))
+    # From here on the pictures of all rows stand side by side.
+    cells = self._local(patches_BIPD.reshape(
+        -1, grid.rows * c.pool, grid.cols * c.pool, c.width))
+    valid = _inside(image_box_BI4.reshape(-1, 4), grid.rows, grid.cols)
+    class_embedding = self._global(cells, valid)
+
+    split = self.param('split_embedding', nn.initializers.normal(1), (c.width,))
+    split = jnp.broadcast_to(split.astype(c.dtype)[None, None, None],
+                             (len(cells), grid.rows, 1, c.width))
+    rows = cells.reshape(-1, grid.rows, grid.cols, c.width)
+    rows = jnp.concatenate([rows, split], axis=2)
+    table = jnp.concatenate(
+        [class_embedding, rows.reshape(len(rows), -1, c.width)], axis=1)
+    by_row = lambda x: x.reshape(*images_BIYXC.shape[:2], -1, c.width)
+    return by_row(table), {'patches': patches_BIPD, 'cells': by_row(cells),
+                           'class': by_row(class_embedding)}
+
+  def _local(self, patches_BYXD):
+    """CA1: the average of each cell reads the raw patches of that cell."""
+    c = self.config
+    B, Y, X, D = patches_BYXD.shape
+    blocks = patches_BYXD.reshape(
+        B, Y // c.pool, c.pool, X // c.pool, c.pool, D).swapaxes(2, 3)
+    blocks = blocks.reshape(-1, c.pool * c.pool, D)
+    average = jnp.mean(blocks, axis=1, keepdims=True)
+    cells = CrossAttention(c, name='local_attention')(
+        average, blocks, attention.Mask())
+    return cells.reshape(B, -1, D)
+
+  def _global(self, cells_BPD, valid_BP):
+    """CA2: one learned vector reads all cells that are picture."""
+    c = self.config
+    query = self.param('class_embedding', nn.initializers.normal(1), (c.width,))
+    query = jnp.broadcast_to(query.astype(c.dtype)[None, None],
+                             (cells_BPD.shape[0], 1, c.width))
+    return CrossAttention(c, name='global_attention')(
+        query, cells_BPD, attention.Mask(valid_BS=valid_BP))
+
+
+class CrossAttention(nn.Module):
+  """query + out(attention(norm(query), norm(keys))), scaled by 1/sqrt(width).
+
+  The scale is that of the full width rather than of a head, and the residual
+  adds the query before its norm; both as in the reference.
+  """
+  config: EveConfig
+
+  @nn.compact
+  def __call__(self, query_BTD, key_BSD, mask):
+    c = self.config
+    norm = lambda name: transformer.LayerNorm(c.norm_eps, c.dtype, name=name)
+    project = lambda name: nn.DenseGeneral(
+        (c.heads, c.width // c.heads), use_bias=False, dtype=c.dtype,
+        kernel_init=torch_kernel, name=name)
+    key_BSD = norm('key_value_norm')(key_BSD)
+    mixed = attention.attend(
+        project('query')(norm('query_norm')(query_BTD)),
+        project('key')(key_BSD), project('value')(key_BSD), mask,
+        scale=c.width ** -0.5)
+    return query_BTD + nn.DenseGeneral(
+        c.width, axis=(-2, -1), dtype=c.dtype, kernel_init=torch_kernel,
+        bias_init=torch_bias(c.width), name='out')(mixed)
+
+
+# What PyTorch gives linear maps and convolutions: U(-a, a), a = 1/sqrt(inputs).
+torch_kernel = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def torch_bias(inputs):
+  """Returns the initialiser of a bias after `inputs` inputs, as PyTorch's."""
+  bound = inputs ** -0.5
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+  return init
+
+
+def linear_flops(config, image_size):
+  """Forward FLOPs of linear patches for one picture, 2 per multiply-add."""
+  cells = config.image_layout(image_size).table_size
+  return 2 * cells * 3 * config.patch ** 2 * config.width
+
+
+def eve_flops(config, image_size):
+  """Forward FLOPs of EVE's layer for one picture, 2 per multiply-add.
+
+  Matrix products only. With the MLP after it EVE-7B's 672 pixels take 42 G
+  (arXiv 2406.11832, table 6).
+  """
+  c = config
+  grid = c.image_layout(image_size)
+  cells, raw = grid.rows * grid.cols, grid.rows * grid.cols * c.pool ** 2
+  square = c.width ** 2
+  stem = raw * 3 * c.patch ** 2 * c.width
+  # Queries and outputs by query; keys, values and their two mixings by key.
+  local = 2 * cells * square + 2 * raw * (square + c.width)
+  overall = 2 * square + 2 * cells * (square + c.width)
+  return 2 * (stem + local + overall)
+
+
+def _patches(images_BIYXC, config):
+  """Normalises and cuts: [B, I, P, patch * patch * C]."""
+  _grid(images_BIYXC.shape[2:4], config.patch, 'vision.patch')
+  mean = jnp.asarray(config.mean, jnp.float32)[None, None, None]
+  std = jnp.asarray(config.std, jnp.float32)[None, None, None]
+  # In float32, since 1/255 is not exact in bfloat16.
+  pixels = images_BIYXC.reshape(-1, *images_BIYXC.shape[2:])
+  pixels = (pixels.astype(jnp.float32) / 255 - mean) / std
+  patches = vision_encoder.patchify(pixels, config.patch)
+  patches = patches.reshape(*images_BIYXC.shape[:2], *patches.shape[1:])
+  return partition.constrain(patches, 'batch', None, 'patches', None)
+
+
+def _grid(image_size, cell, name):
+  rows, cols = (size // cell for size in image_size)
+  if (rows * cell, cols * cell) != tuple(image_size) or not rows * cols:
+    raise ValueError(f'image.size is {tuple(image_size)} pixels (rows, '
+                     f'columns); allowed: multiples of {name}, {cell}.')
+  return rows, cols
+
+
+def _inside(box_B4, rows, cols):
+  """bool [B, rows * cols]: the cells of each box."""
+  top, left, height, width = (box_B4[:, i, None] for i in range(4))
+  row, col = jnp.arange(rows)[None], jnp.arange(cols)[None]
+  in_row = (row >= top) & (row < top + height)
+  in_col = (col >= left) & (col < left + width)
+  return (in_row[:, :, None] & in_col[:, None, :]).reshape(-1, rows * cols)
