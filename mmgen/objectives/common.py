@@ -1,0 +1,14 @@
+"""What all objectives share."""
+
+import flax.traverse_util
+
+
+def merge(params, frozen):
+  """Joins trained and frozen parameters into one tree, sharing the leaves.
+
+  Args:
+    params: nested dict of the parameters that are trained.
+    frozen: nested dict of those that are not; no leaf of both.
+  """
+  flat = flax.traverse_util.flatten_dict
+  return flax.traverse_util.unflatten_dict({**flat(params), **flat(frozen)})
