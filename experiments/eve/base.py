@@ -1,0 +1,130 @@
+"""EVE (arXiv:2406.11832): what all its tables share, at both scales.
+
+Three stages, as runs: `prealign` (LLM-guided pre-alignment: the decoder is
+frozen), `pretrain` (generative pre-training) and `sft` (supervised
+fine-tuning). The recipe at paper scale is that of the paper's table 8 and the
+released scripts; where the two differ, the scripts: alignment is one minus the
+cosine, and stage 1 runs at 4e-4.
+"""
+
+
+from experiments import warm_starts
+
+# A frozen teacher never trains; its parameters come from `init.teacher`.
+FREEZE_TEACHER = dict(pattern='^teacher/', freeze=True)
+FREEZE_DECODER = dict(pattern='^decoder/', freeze=True)
+FREEZE_VISION = dict(pattern='^vision/', freeze=True)
+
+PLAIN = dict(name='next_token')
+
+VISION = {
+    'mini': {
+        'eve': dict(name='eve', patch=4, pool=2, width=64, heads=2),
+        'patches': dict(name='linear_patches', patch=8, width=128),
+        'clip': dict(warm_starts.VIT, name='vit')},
+    'paper': {
+        'eve': dict(name='eve'),
+        'patches': dict(name='linear_patches', patch=28, width=4096),
+        'clip': dict(name='vit', image_size=(336, 336), patch=14, layers=24,
+                     width=1024, heads=16, hidden=4096)},
+}
+MLP = dict(name='mlp')
+ALIGNED = {
+    'mini': dict(name='alignment', teacher=dict(warm_starts.VIT, size='mini'),
+                 aligner=dict(interval=1, heads=2)),
+    'paper': dict(name='alignment', teacher=dict(size='clip-l14-336')),
+}
+TEACHER = {
+    'mini': 'run:warm_starts:clip#vision',
+    'paper': 'file:weights/clip-vit-large-patch14-336#vision',
+}
+
+
+def base(scale):
+  """Returns the config of EVE's first stage without alignment."""
+  return _mini() if scale == 'mini' else _paper()
+
+
+def _mini():
+  c = warm_starts.base('mini')
+  c.log_every = 20
+  c.layout = dict(name='sequence', length=136, rows=8, documents=32, images=5)
+  c.model = dict(name='multimodal', vision=VISION['mini']['eve'],
+                 connector=MLP, decoder=warm_starts.DECODER)
+  c.objective = PLAIN
+  c.init = dict(decoder='run:warm_starts:text')
+  c.optimizer = warm_starts.optimizer()
+  return c
+
+
+def _paper():
+  c = _mini()
+  c.dtype = 'bfloat16'
+  c.log_every = 10
+  c.checkpoint_every = 1000
+  # A picture takes up to 601 slots, a caption about 150.
+  c.layout = dict(name='sequence', length=2048, rows=8, documents=16, images=3)
+  c.image = dict(size=(672, 672), fit='pad', kernel='bicubic')
+  c.model = dict(name='multimodal', vision=VISION['paper']['eve'],
+                 connector=MLP, decoder=dict(size='vicuna-7b', remat=True))
+  c.init = dict(decoder='file:weights/vicuna-7b-v1.5#decoder')
+  c.optimizer = warm_starts.optimizer(
+      b2=0.999, weight_decay=0.0, clip=1.0, warmup=938, peak_lr=4e-4)
+  c.mesh = dict(data=1, fsdp=-1, tensor=1, sequence=1)
+  return c
+
+
+def _web(corpus, view, quota):
+  return dict(captions=dict(
+      corpus=corpus, split='train', view=view, column='synthetic',
+      language='en', image_place='before', shuffle_pairs=False, quota=quota))
+
+
+def _scores(split='compositions', examples=2048):
+  of = dict(corpus=warm_starts.CORPUS, split=split, examples=examples)
+  return dict(vqa=dict(name='vqa', **of),
+              caption=dict(name='caption', column='fused', **of))
+
+
+_CAPTIONS = dict(captions=warm_starts.source('caption', warm_starts.THEIRS))
+_LOSS = dict(loss=dict(name='loss', corpus=warm_starts.CORPUS,
+                       split='validation', view='caption', column='fused',
+                       examples=512))
+
+STAGES = {
+    'prealign': {
+        'optimizer.groups': dict(decoder=FREEZE_DECODER),
+        'mini': {'steps': 120, 'mix': _CAPTIONS, 'evaluators': _LOSS},
+        # 16M of the 33M captioned pictures, 512 a step.
+        'paper': {'steps': 31250, 'mix': _web('web/eve-cap-16m', 'caption', 32),
+                  'evaluators': {}}},
+    'pretrain': {
+        'mini': {'steps': 320, 'mix': _CAPTIONS, 'evaluators': _LOSS},
+        'paper': {'steps': 64453, 'mix': _web('web/eve-cap-33m', 'caption', 32),
+                  'optimizer.peak_lr': 4e-5, 'optimizer.warmup': 645,
+                  'evaluators': {}}},
+    'sft': {
+        'mini': {
+            'steps': 240,
+            'mix': dict(
+                captions=warm_starts.source('caption', warm_starts.THEIRS),
+                questions=warm_starts.source('vqa', warm_starts.THEIRS)),
+            'evaluators': _scores()},
+        'paper': {'steps': 5195,
+                  'mix': _web('web/llava-mix-665k', 'conversation', 8),
+                  'optimizer.peak_lr': 2e-5, 'optimizer.warmup': 52,
+                  'evaluators': {}}},
+}
+
+
+def aligned(stages=('prealign', 'pretrain', 'sft')):
+  """Returns the fields of a row that is aligned to the teacher."""
+  row = {}
+  for stage in stages:
+    row[stage] = {
+        'optimizer.groups.teacher': FREEZE_TEACHER,
+        'mini': {'objective': ALIGNED['mini']},
+        'paper': {'objective': ALIGNED['paper']}}
+  row[stages[0]]['mini']['init.teacher'] = TEACHER['mini']
+  row[stages[0]]['paper']['init.teacher'] = TEACHER['paper']
+  return row

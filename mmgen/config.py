@@ -1,0 +1,507 @@
+"""Rows of experiments as configs: load, override, finalise, lock, hash, diff.
+
+An experiment is a Python file below `experiments/`. It declares
+
+  base(scale)   -> ConfigDict with every field a run needs
+  ROWS          {row: {dotted field: value, ..., 'mini': {...}, 'paper': {...}}}
+  STAGES        {stage: {dotted field: value, ...}}      (optional; may hold
+                'mini' and 'paper' as rows do)
+  TABLE         what `mmgen.table` prints                (optional)
+
+A stage is a run and a row is a chain of runs. Without `STAGES` a row is one
+run, named `train`. A row's nested dicts are conditional: 'mini' and 'paper'
+apply at that scale, the name of a stage applies in that stage, and
+`'stages': (...)` picks a row's own chain. Every stage after the first starts
+from the parameters of the one before it (`init.all`); what else it starts from
+stands in the row's dict of that stage. Other runs are named by
+`init.<part>='run:<address>'`, whose part has the same name there, or that
+behind a #, as in `init.teacher='run:warm_starts:clip#vision'`.
+
+A run is addressed `<experiment>:<row>[:<stage>]`, for instance
+`quickstart:patches` (the last stage, if none is named) or
+`my_ablation.py:wide`. The order in which fields are set is
+
+  base(scale) -> stage -> row -> row at this scale -> row in this stage
+  -> command line -> finalise -> lock.
+
+A run's key hashes what decides its numbers: its config, its seed,
+`RESULT_VERSION`, the keys of its parents and the manifest of its data. Two
+rows with an equal prefix of stages therefore share those runs on disk.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import types
+
+from etils import epath
+import ml_collections
+
+from mmgen import errors
+from mmgen.data import corpora
+from mmgen.models import clip
+from mmgen.models import multimodal
+
+# Raised whenever a change to the code changes the numbers of an unchanged
+# config; the test of the golden metrics demands it.
+RESULT_VERSION = 1
+
+SCALES = ('mini', 'paper')
+DEFAULT_STAGE = 'train'
+# Warm starts are themselves resampled, but not once per seed.
+WARM_START_EXPERIMENT = 'warm_starts'
+WARM_START_SEEDS = 3
+# Below these, a row or the command line may add a field that `base` lacks:
+# whoever reads them knows which fields there are.
+_OPEN = ('mix', 'model', 'objective', 'init', 'optimizer.groups', 'evaluators')
+# Fields that cannot change a number: they stay out of a run's key.
+_SILENT_FIELDS = ('name', 'log_every', 'checkpoint_every')
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+  """Names one run: an experiment, one of its rows, a stage of that row."""
+  experiment: str
+  row: str
+  stage: str
+
+  def __str__(self):
+    return f'{self.experiment}:{self.row}:{self.stage}'
+
+
+# ---------------------------------------------------------------------------
+# Experiments, rows, stages
+
+
+def experiment_names() -> list[str]:
+  """Returns the names of all experiments beside the package."""
+  root = pathlib.Path(_experiments_package().__path__[0])
+  names = [p.relative_to(root).with_suffix('').as_posix()
+           for p in root.rglob('*.py')]
+  return sorted(n for n in names if 'ROWS' in (
+      root / f'{n}.py').read_text() and not n.startswith('_'))
+
+
+def _experiments_package() -> types.ModuleType:
+  return importlib.import_module('experiments')
+
+
+@functools.cache
+def experiment(name: str) -> types.ModuleType:
+  """Imports an experiment by its name below `experiments/` or by a path.
+
+  Args:
+    name: `quickstart`, `eve/encoder`, or the path of a .py file of your own.
+
+  Raises:
+    UserError: there is no such experiment, or the file lacks `base` or `ROWS`.
+  """
+  if name.endswith('.py') and os.path.exists(name):
+    spec = importlib.util.spec_from_file_location(
+        'experiment_' + hashlib.sha256(name.encode()).hexdigest()[:8], name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+  else:
+    short = name.removesuffix('.py').removeprefix('experiments/')
+    if short not in experiment_names():
+      names = experiment_names()
+      raise errors.UserError(
+          f'no experiment {name!r}.{errors.nearest(short, names)} There are: '
+          f'{", ".join(names)}; or give the path of a .py file.')
+    module = importlib.import_module(
+        'experiments.' + short.replace('/', '.'))
+  for needed in ('base', 'ROWS'):
+    if not hasattr(module, needed):
+      raise errors.UserError(f'experiment {name!r} does not define {needed}.')
+  return module
+
+
+def rows(name: str) -> list[str]:
+  """Returns the names of the rows of an experiment, in their order."""
+  return list(experiment(name).ROWS)
+
+
+def _row(name: str, row: str) -> dict:
+  table = experiment(name).ROWS
+  if row not in table:
+    raise errors.UserError(
+        f'experiment {name!r} has no row {row!r}.{errors.nearest(row, table)} '
+        f'Rows: {", ".join(table)}.')
+  return table[row]
+
+
+def stage_names(name: str, row: str) -> list[str]:
+  """Returns the stages of a row in their order."""
+  chain = _row(name, row).get('stages')
+  declared = getattr(experiment(name), 'STAGES', {DEFAULT_STAGE: {}})
+  for stage in chain or ():
+    if stage not in declared:
+      raise errors.UserError(
+          f'row {name}:{row} names stage {stage!r}.'
+          f'{errors.nearest(stage, declared)} Stages: {", ".join(declared)}.')
+  return list(chain or declared)
+
+
+def parse(address: str) -> Address:
+  """Reads `<experiment>:<row>[:<stage>]`; without a stage, the last one."""
+  parts = str(address).split(':')
+  if len(parts) == 1:
+    raise errors.UserError(
+        f'{address!r} names no row. Give <experiment>:<row>, with a row of '
+        f'{", ".join(rows(parts[0]))}.')
+  if len(parts) > 3 or not all(parts):
+    raise errors.UserError(
+        f'{address!r} is not of the form <experiment>:<row>[:<stage>].')
+  name, row = parts[:2]
+  name = name.removeprefix('experiments/')
+  if not (name.endswith('.py') and os.path.exists(name)):
+    name = name.removesuffix('.py')
+  stages = stage_names(name, row)
+  stage = parts[2] if len(parts) == 3 else stages[-1]
+  if stage not in stages:
+    raise errors.UserError(
+        f'row {name}:{row} has no stage {stage!r}.'
+        f'{errors.nearest(stage, stages)} Stages: {", ".join(stages)}.')
+  return Address(name, row, stage)
+
+
+def stages(address: str) -> list[str]:
+  """Returns the addresses of a row's runs up to the addressed one."""
+  a = parse(address)
+  names = stage_names(a.experiment, a.row)
+  return [str(dataclasses.replace(a, stage=s))
+          for s in names[:names.index(a.stage) + 1]]
+
+
+# ---------------------------------------------------------------------------
+# Loading
+
+
+def load(address: str, scale: str = 'mini', overrides=(), seed=None):
+  """Builds the locked config of one run.
+
+  Args:
+    address: `<experiment>:<row>[:<stage>]`.
+    scale: 'mini' or 'paper'.
+    overrides: pairs (dotted field, value) or strings 'field=value'.
+    seed: replaces `config.seed`, when given.
+
+  Returns:
+    A locked, finalised `ml_collections.ConfigDict`.
+
+  Raises:
+    UserError: an unknown experiment, row, stage, scale or field, or a value
+      of another type than the field's.
+  """
+  if scale not in SCALES:
+    raise errors.UserError(
+        f'--scale is {scale!r}; allowed: {", ".join(SCALES)}.')
+  a = parse(address)
+  module, row = experiment(a.experiment), _row(a.experiment, a.row)
+  config = module.base(scale).unlock()
+  chain = stage_names(a.experiment, a.row)
+  stage_fields = getattr(module, 'STAGES', {}).get(a.stage, {})
+  conditional = {*SCALES, *chain, 'stages'}
+  in_stage = row.get(a.stage, {})
+  def apply(*layers):
+    for fields in layers:
+      for field, value in fields.items():
+        if field not in conditional:
+          _set(config, field, value, origin=str(a))
+  apply(stage_fields, stage_fields.get(scale, {}), row, row.get(scale, {}))
+  before = chain[:chain.index(a.stage)]
+  if before:  # what a row starts from is the business of its first stage
+    config.init = ml_collections.ConfigDict(
+        {'all': f'run:{dataclasses.replace(a, stage=before[-1])}'})
+  apply(in_stage, in_stage.get(scale, {}))
+  for override in overrides:
+    field, value = (override.split('=', 1) if isinstance(override, str)
+                    else override)
+    _set(config, field, value, origin='command line', typed=True)
+  if seed is not None:
+    config.seed = int(seed)
+  return finalise(config, a, scale)
+
+
+def _set(config, field: str, value, origin: str, typed: bool = False):
+  """Sets a dotted field; new ones are only allowed below `_OPEN`."""
+  *path, last = field.split('.')
+  node = config
+  for depth, part in enumerate(path):
+    if part not in node:
+      raise errors.UserError(_unknown(field, '.'.join(path[:depth]), part,
+                                      node, origin))
+    if node[part] is None:
+      node[part] = ml_collections.ConfigDict()
+    node = node[part]
+    if not isinstance(node, ml_collections.ConfigDict):
+      raise errors.UserError(
+          f'{origin}: {field}: {".".join(path[:depth + 1])} is a value, it has '
+          f'no field {(path + [last])[depth + 1]!r}.')
+  parents_of_field = ['.'.join(path[:i + 1]) for i in range(len(path))]
+  if last not in node and not set(parents_of_field) & set(_OPEN):
+    raise errors.UserError(_unknown(field, '.'.join(path), last, node, origin))
+  if isinstance(value, dict):
+    node[last] = ml_collections.ConfigDict(value)
+    return
+  if typed:
+    value = _typed(field, value, node.get(last))
+  elif last in node and not _same_type(node[last], value):
+    raise errors.UserError(
+        f'{origin}: {field} is {value!r} ({type(value).__name__}); the base '
+        f'config has a {type(node[last]).__name__}.')
+  with node.ignore_type():
+    node[last] = value
+
+
+def _unknown(field, parent, part, node, origin):
+  where = f'config.{parent}' if parent else 'config'
+  return (f'{origin}: no field {field!r}: {where} has no {part!r}.'
+          f'{errors.nearest(part, node)} It has: {", ".join(sorted(node))}.')
+
+
+def _same_type(old, new) -> bool:
+  if old is None or new is None:
+    return True
+  if isinstance(old, float) and isinstance(new, int):
+    return not isinstance(new, bool)
+  if isinstance(old, (tuple, list)):
+    return isinstance(new, (tuple, list))
+  return isinstance(new, type(old)) and isinstance(old, bool) == isinstance(
+      new, bool)
+
+
+def _typed(field: str, text, old):
+  """Reads a command-line value as the type that the field already has."""
+  if not isinstance(text, str):
+    value = text
+  elif isinstance(old, str):
+    return text
+  else:
+    try:
+      value = json.loads({'True': 'true', 'False': 'false',
+                          'None': 'null'}.get(text, text))
+    except json.JSONDecodeError:
+      value = text
+  if isinstance(value, list):
+    value = tuple(value)
+  if not _same_type(old, value):
+    raise errors.UserError(
+        f'--config.{field}={text}: expected a {type(old).__name__} such as '
+        f'{old!r}.')
+  return float(value) if isinstance(old, float) and value is not None else value
+
+
+def finalise(config, address: Address, scale: str):
+  """Adds derived fields, checks those that depend on each other, locks."""
+  config.name = str(address)
+  config.scale = scale
+  if not config.mix:
+    raise errors.UserError(f'{address}: config.mix names no source.')
+  for name, source in config.mix.items():
+    if source.quota < 1:
+      raise errors.UserError(
+          f'{address}: config.mix.{name}.quota is {source.quota}; a source '
+          f'gives at least one group a step (or leave it out).')
+  for part, origin in config.init.items():
+    if not origin.startswith(('run:', 'file:')):
+      raise errors.UserError(
+          f'{address}: config.init.{part} is {origin!r}; allowed: '
+          "'run:<experiment>:<row>[:<stage>][#part]' or 'file:<path>[#part]'.")
+  if config.steps < 1:
+    raise errors.UserError(f'{address}: config.steps is {config.steps}.')
+  image_layout(config)  # raises on a model that cannot be built
+  return config.lock()
+
+
+# ---------------------------------------------------------------------------
+# Parents, keys, folders
+
+
+def parents(config) -> dict[str, tuple[str, int]]:
+  """Returns {part: (address, seed)} for every `init.<part>='run:...'`.
+
+  The seed of a parent is the child's; warm starts are resampled from
+  `WARM_START_SEEDS` seeds only.
+  """
+  found = {}
+  for part, origin in config.init.items():
+    if origin.startswith('run:'):
+      a = parse(origin.removeprefix('run:').partition('#')[0])
+      warm = a.experiment == WARM_START_EXPERIMENT
+      found[part] = (str(a), config.seed % (
+          WARM_START_SEEDS if warm else 2**31))
+  return found
+
+
+def source_parts(config) -> dict[str, str]:
+  """Returns {part: its name in the run or file that it starts from}."""
+  return {part: origin.partition('#')[2] or part
+          for part, origin in config.init.items()}
+
+
+def flatten(config) -> dict[str, object]:
+  """Returns {dotted field: value}, sorted, with tuples as lists."""
+  flat = {}
+  def visit(prefix, node):
+    if isinstance(node, (ml_collections.ConfigDict, dict)):
+      for key in node:
+        visit(f'{prefix}.{key}' if prefix else key, node[key])
+    else:
+      flat[prefix] = list(node) if isinstance(node, tuple) else node
+  visit('', config)
+  return dict(sorted(flat.items()))
+
+
+def unflatten(flat: dict[str, object]):
+  """Inverts `flatten`; lists become tuples. The config is locked."""
+  config = ml_collections.ConfigDict()
+  for field, value in flat.items():
+    node, (*path, last) = config, field.split('.')
+    for part in path:
+      if part not in node:
+        node[part] = ml_collections.ConfigDict()
+      node = node[part]
+    node[last] = tuple(value) if isinstance(value, list) else value
+  for part in ('init', 'evaluators'):  # an empty dict leaves no flat field
+    if part not in config:
+      config[part] = ml_collections.ConfigDict()
+  return config.lock()
+
+
+def diff(a, b) -> dict[str, tuple]:
+  """Returns {field: (value in a, value in b)} where two configs differ."""
+  a, b = flatten(a), flatten(b)
+  return {k: (a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys())
+          if a.get(k) != b.get(k)}
+
+
+def corpora_of(config) -> list[str]:
+  """Returns the names of all corpora that a run reads, sorted."""
+  parts = [*config.mix.values(), *config.evaluators.values()]
+  return sorted({part.corpus for part in parts})
+
+
+def run_key(config, data_dir) -> str:
+  """Returns 12 hex digits that name the numbers a run will give.
+
+  Args:
+    config: a locked config.
+    data_dir: folder of the prepared corpora, whose manifests count.
+
+  Raises:
+    UserError: a corpus is not prepared.
+  """
+  flat = {k: v for k, v in flatten(config).items()
+          if k not in _SILENT_FIELDS and not k.startswith('init.')}
+  manifests = {name: corpora.manifest(data_dir, name)
+               for name in corpora_of(config)}
+  ancestors = {
+      part: run_key(load(address, config.scale, seed=seed), data_dir)
+      for part, (address, seed) in parents(config).items()}
+  files = {part: origin for part, origin in config.init.items()
+           if origin.startswith('file:')}
+  text = json.dumps([flat, ancestors, files, source_parts(config),
+                     RESULT_VERSION, manifests], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_folder(config, workdir, data_dir) -> epath.Path:
+  """Returns the run's folder: the one with its key, or a new readable name."""
+  key = run_key(config, data_dir)
+  workdir = epath.Path(workdir)
+  if workdir.exists():
+    for path in workdir.iterdir():
+      if path.name.endswith(f'-{key}'):
+        return path
+  name = config.name.replace('/', '.').replace(':', '.').lstrip('.')
+  return workdir / f'{name}.{config.scale}.s{config.seed}-{key}'
+
+
+# ---------------------------------------------------------------------------
+# Models
+
+
+def build_model(config, vocab=None):
+  """Makes the model that a config describes.
+
+  Args:
+    config: a config with `model` and `dtype`.
+    vocab: rows of the text embedding; None if only its pictures matter.
+
+  Raises:
+    UserError: a wrong name or field, or sizes that do not fit each other.
+  """
+  if config.model.name not in BUILDERS:
+    raise errors.UserError(
+        f'config.model.name is {config.model.name!r}; allowed: '
+        f'{", ".join(BUILDERS)}.')
+  try:
+    return BUILDERS[config.model.name](config, vocab)
+  except ValueError as error:
+    raise errors.UserError(f'{config.name}: config.{error}') from error
+
+
+def image_layout(config):
+  """Returns how the model turns a picture into slots; None for text alone."""
+  vision = build_model(config, vocab=1).config.vision
+  try:
+    return vision and vision.image_layout(tuple(config.image.size))
+  except ValueError as error:
+    raise errors.UserError(f'{config.name}: config.{error}') from error
+
+
+BUILDERS = {'multimodal': multimodal.build, 'clip': clip.build}
+
+
+# ---------------------------------------------------------------------------
+# Command line
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the arguments that every command with a config shares."""
+  parser.add_argument(
+      '--config', required=True, metavar='ROW',
+      help='<experiment>:<row>[:<stage>], for instance quickstart:patches; '
+      'any field is set with --config.<field>=<value>')
+  parser.add_argument('--scale', default='mini', choices=SCALES,
+                      help='size of the run (default: %(default)s)')
+  parser.add_argument('--seed', type=int, default=None,
+                      help='initialisation and order of the data')
+  add_folders(parser)
+
+
+def add_folders(parser: argparse.ArgumentParser):
+  """Adds --workdir and --data_dir."""
+  parser.add_argument('--workdir', default='runs',
+                      help='folder of all runs (default: %(default)s)')
+  parser.add_argument(
+      '--data_dir', default=os.environ.get('MMGEN_DATA', 'data'),
+      help='folder of prepared corpora (default: $MMGEN_DATA, else data)')
+
+
+def from_arguments(args, unknown=()):
+  """Returns the config that parsed arguments name.
+
+  Args:
+    args: namespace with `config`, `scale`, `seed`.
+    unknown: what `parse_known_args` left over: `--config.field=value`.
+  """
+  overrides, rest = [], list(unknown)
+  while rest:
+    item = rest.pop(0)
+    if not item.startswith('--config.'):
+      raise errors.UserError(f'unknown argument {item!r}; see --help.')
+    item = item.removeprefix('--config.')
+    if '=' not in item:
+      if not rest:
+        raise errors.UserError(f'--config.{item} has no value.')
+      item = f'{item}={rest.pop(0)}'
+    overrides.append(item)
+  return load(args.config, args.scale, overrides, args.seed)

@@ -1,0 +1,160 @@
+"""Rows, overrides, keys and folders of configs."""
+
+import json
+
+import pytest
+
+from mmgen import config as config_lib
+from mmgen import errors
+
+EXPERIMENT = '''
+import ml_collections
+
+def base(scale):
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.steps = 10 if scale == 'mini' else 1000
+  c.log_every = 1
+  c.checkpoint_every = 5
+  c.mix = dict(a=dict(corpus='shapes/tiny', quota=1))
+  c.dtype = 'float32'
+  c.image = dict(size=(32, 32))
+  c.model = dict(name='multimodal',
+                 vision=dict(name='linear_patches', patch=8, width=64),
+                 connector=dict(name='linear'),
+                 decoder=dict(layers=1, width=64, heads=1, hidden=64))
+  c.optimizer = dict(peak_lr=1e-3, groups={})
+  c.evaluators = {}
+  c.init = dict(decoder='run:%(path)s:alone:first')
+  return c
+
+STAGES = {'first': {'optimizer.peak_lr': 4e-3, 'init': {}},
+          'second': {'optimizer.peak_lr': 1e-3}}
+ROWS = {
+    'plain': {},
+    'wide': {'model.decoder.width': 128,
+             'paper': {'model.decoder.width': 4096}},
+    'late': {'second': {'steps': 77}},
+    'alone': {'stages': ('first',)},
+    'eve': {'model.vision': dict(name='eve', patch=4, width=64)},
+    'typo': {'optimizer.peek_lr': 3.0},
+    'model_typo': {'model.vision.pach': 3},
+}
+'''
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+  file = tmp_path / 'ablation.py'
+  file.write_text(EXPERIMENT % dict(path=file))
+  monkeypatch.setattr(
+      config_lib.corpora, 'manifest', lambda data_dir, name: {'hash': name})
+  return str(file)
+
+
+def test_order_of_overrides(path):
+  assert config_lib.load(f'{path}:wide').model.decoder.width == 128
+  assert config_lib.load(f'{path}:wide', 'paper').model.decoder.width == 4096
+  assert config_lib.load(f'{path}:wide', 'paper').steps == 1000
+  assert config_lib.load(f'{path}:late').steps == 77
+  assert config_lib.load(f'{path}:late:first').steps == 10
+  c = config_lib.load(f'{path}:late:first', overrides=['steps=5'])
+  assert c.steps == 5
+  assert c.optimizer.peak_lr == 4e-3
+
+
+def test_a_dict_replaces_what_it_names(path):
+  vision = config_lib.load(f'{path}:eve').model.vision
+  assert vision.to_dict() == dict(name='eve', patch=4, width=64)
+
+
+def test_config_is_locked(path):
+  with pytest.raises((AttributeError, KeyError)):
+    config_lib.load(f'{path}:plain').stepz = 3
+
+
+@pytest.mark.parametrize('override, message', [
+    ('stepz=3', "Did you mean 'steps'"),
+    ('optimizer.peek_lr=3', "Did you mean 'peak_lr'"),
+    ('steps=many', 'expected a int'),
+    ('steps=1.5', 'expected a int'),
+    ('seed=true', 'expected a int'),
+    ('steps.more=1', 'is a value'),
+    ('steps=0', 'config.steps is 0'),
+    ('mix.a.quota=0', 'at least one group'),
+    ('image.size=[30, 32]', 'multiples of vision.patch, 8'),
+    ('model.name=clop', 'allowed: multimodal, clip'),
+    ('model.vision.patch=eight', 'expected a int'),
+    ('init.decoder=warm_starts:text', "allowed: 'run:"),
+])
+def test_wrong_override(path, override, message):
+  with pytest.raises(errors.UserError, match=message):
+    config_lib.load(f'{path}:plain', overrides=[override])
+
+
+@pytest.mark.parametrize('address, message', [
+    ('quickstrat:patches', "Did you mean 'quickstart'"),
+    ('quickstart:patchez', "Did you mean 'patches'"),
+    ('quickstart', 'names no row'),
+    ('quickstart:patches:tarin', "Did you mean 'train'"),
+    ('quickstart:a:b:c', 'not of the form'),
+])
+def test_wrong_address(address, message):
+  with pytest.raises(errors.UserError, match=message):
+    config_lib.load(address)
+
+
+def test_a_row_with_a_typo_is_refused(path):
+  with pytest.raises(errors.UserError, match="Did you mean 'peak_lr'"):
+    config_lib.load(f'{path}:typo')
+  with pytest.raises(errors.UserError, match="unknown fields .'pach'."):
+    config_lib.load(f'{path}:model_typo')
+
+
+def test_stages_chain(path):
+  c = config_lib.load(f'{path}:plain', seed=5)
+  assert c.name == f'{path}:plain:second'
+  assert config_lib.parents(c) == {'all': (f'{path}:plain:first', 5)}
+  first = config_lib.load(f'{path}:plain:first')
+  assert config_lib.parents(first) == {}
+  assert config_lib.stages(f'{path}:plain') == [
+      f'{path}:plain:first', f'{path}:plain:second']
+
+
+def test_flatten_round_trip(path):
+  c = config_lib.load(f'{path}:eve')
+  flat = json.loads(json.dumps(config_lib.flatten(c)))
+  assert config_lib.diff(c, config_lib.unflatten(flat)) == {}
+  assert config_lib.diff(c, config_lib.load(f'{path}:plain'))[
+      'model.vision.name'] == ('eve', 'linear_patches')
+
+
+def test_key_follows_what_decides_numbers(path, monkeypatch):
+  def key(row='plain', **kw):
+    return config_lib.run_key(config_lib.load(f'{path}:{row}', **kw), 'data')
+  assert key() == key(overrides=['log_every=7'])
+  assert key() != key(seed=1)
+  assert key() != key(overrides=['optimizer.peak_lr=0.5'])
+  # The rows differ in their second stage only, so they share the first.
+  assert key('plain:first') == key('late:first')
+  assert key('plain') != key('late')
+  # A change in a parent reaches the child.
+  before = key()
+  monkeypatch.setitem(
+      config_lib.experiment(path).STAGES['first'], 'steps', 11)
+  assert key() != before
+  before = key()
+  monkeypatch.setattr(config_lib, 'RESULT_VERSION', 10**6)
+  assert key() != before
+  before = key()
+  monkeypatch.setattr(
+      config_lib.corpora, 'manifest', lambda data_dir, name: {'hash': 'new'})
+  assert key() != before
+
+
+def test_rows_with_one_prefix_share_its_folder(path, tmp_path):
+  first = config_lib.load(f'{path}:plain:first')
+  folder = config_lib.run_folder(first, tmp_path / 'runs', 'data')
+  folder.mkdir(parents=True)
+  other = config_lib.load(f'{path}:late:first')
+  assert config_lib.run_folder(other, tmp_path / 'runs', 'data') == folder
