@@ -82,7 +82,7 @@ _TEMPLATES = ('a {}', 'a {} on a ground', 'one {}')
 ROWS = {
     'text': {},
     'clip': {
-        'steps': 600,
+        'steps': 400,
         'mix': dict(pairs=source('pair')),
         'layout': dict(name='pair', length=16, rows=1, documents=128,
                        images=1),
@@ -108,4 +108,4 @@ TABLE = dict(
         'text to image, R@1': 'retrieval/text_to_image@1'},
     seeds=(0, 1, 2),
     account='parameters',
-    budget='400 steps of text, 600 steps of 128 pairs')
+    budget='400 steps of text, 400 steps of 128 pairs')
