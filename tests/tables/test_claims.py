@@ -1,0 +1,137 @@
+"""Declared tables: what is accepted, and what is refused with which words."""
+
+import dataclasses
+import re
+
+import pytest
+
+from mmgen import errors
+from mmgen.tables import claims
+
+ROWS = ('clip', 'patches', 'broken', 's')
+GAP = dict(kind='greater', a='clip', b='patches', metric='vqa', d=0.03,
+           text='A trained encoder helps.')
+TABLE = dict(
+    title='Encoders', metrics={'vqa': 'vqa/accuracy'}, seeds=(0, 1),
+    claims={'gap': GAP},
+    controls={'broken': dict(kind='worse', row='broken', than='patches')})
+
+
+TUNED = dict(tuning_seeds=(100, 101), tuning=dict(
+    grid=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), metric='vqa'))
+
+
+def changed(**fields):
+  return claims.parse({**TABLE, **fields}, ROWS)
+
+
+def with_claim(**fields):
+  return changed(claims={'gap': {**GAP, **fields}})
+
+
+def test_a_score_alone_is_a_column_in_percent():
+  table = claims.parse(TABLE, ROWS)
+  assert table.metrics['vqa'] == claims.Column('vqa/accuracy', 'percent',
+                                               'higher', None, 1.0)
+  assert table.claims['gap'].all_rows == ('clip', 'patches')
+  assert table.controls['broken'].d == 0.03
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(metricks={}), "no key 'metricks'. Did you mean 'metrics'"),
+    (dict(account='sample'), "account is 'sample'. Did you mean 'samples'"),
+    (dict(seeds=()), 'at least one seed'),
+    (dict(seeds=(1, 1)), 'each once'),
+    (dict(seeds=(1000,)), 'from 0 to 999'),
+    (dict(tuning_seeds=(1,)), 'share a seed'),
+    (dict(metrics={}), 'names no score'),
+    (dict(metrics={'vqa': dict(score='x', unit='points')}), "'points'"),
+    (dict(metrics={'vqa': dict(unit='raw')}), "lacks 'score'"),
+    (dict(published={'clips': {}}), "Did you mean 'clip'"),
+    (dict(published={'clip': {'vqaa': 1}}), "Did you mean 'vqa'"),
+    (dict(controls={'c': dict(kind='worse', row='broken')}), '.than is None'),
+    (dict(controls={'c': dict(kind='bb', row='broken')}), 'Allowed: aa'),
+    (dict(claims={'c': 'clip > patches'}), 'expected a dict'),
+])
+def test_a_mistake_is_named(fields, message):
+  with pytest.raises(errors.UserError, match=message.replace('.', r'\.')):
+    changed(**fields)
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(kind='bigger'), 'Allowed: greater'),
+    (dict(b='patch'), r"\.b is 'patch'. Did you mean 'patches'"),
+    (dict(b=None), r'\.b is None'),
+    (dict(metric='VQA'), r"\.metric is 'VQA'"),
+    (dict(d=0.0), 'smallest effect that matters'),
+    (dict(thresh=1), "no key 'thresh'"),
+    (dict(kind='interaction', a0='s'), r'\.b0 is None'),
+    (dict(kind='trend', rows=('s',) * 3, x=(1, 2, 4)), 'at least 4 rows'),
+    (dict(kind='trend', rows=('s',) * 4, x=(0, 1, 2, 4)), 'positive x'),
+    (dict(kind='trend', rows=('s',) * 4, x=(1, 2, 4)), 'positive x'),
+    (dict(kind='trend', rows=('s',) * 4, x=(1, 2, 4, 8), minus=('s',)),
+     '1 in minus'),
+    (dict(kind='trend', rows=('s',) * 4, x=(1, 2, 4, 8), direction='left'),
+     'direction'),
+])
+def test_a_claim_that_cannot_be_evaluated_is_refused(fields, message):
+  with pytest.raises(errors.UserError, match=message):
+    with_claim(**fields)
+
+
+def test_a_tuning_is_declared():
+  assert changed(**TUNED).tuning == claims.Tuning(
+      (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 'vqa', 'validation', None)
+  assert changed().tuning is None
+
+
+@pytest.mark.parametrize('tuning, fields, message', [
+    (dict(grids=()), {}, "no key 'grids'. Did you mean 'grid'"),
+    (dict(metric='vqaa'), {}, "tuning.metric is 'vqaa'. Did you mean 'vqa'"),
+    (dict(grid=(1e-3, 2e-3, 4e-3, 8e-3)), {}, '5 or more'),
+    (dict(grid=(1, 2, 4, 8, 17)), {}, 'each twice the one before'),
+    (dict(grid=(1e-3, 3e-3, 9e-3, 27e-3, 81e-3)), {}, 'each twice'),
+    (dict(grid=(0, 0, 0, 0, 0)), {}, 'positive'),
+    (dict(grid=2e-3), {}, 'tuning.grid is 0.002'),
+    ({}, dict(tuning_seeds=()), 'tuning_seeds is (); give at least 2 seeds'),
+    ({}, dict(tuning_seeds=(100,)), 'at least 2 seeds'),
+    ({}, dict(tuning_seeds=(100, 100)), 'each once'),
+    ({}, dict(tuning_seeds=(100, 1000)), 'later ones serve A/A controls'),
+    ({}, dict(tuning_seeds=(100, 1)), 'share a seed'),
+])
+def test_a_tuning_that_is_not_fair_is_refused(tuning, fields, message):
+  raw = {**TUNED, 'tuning': {**TUNED['tuning'], **tuning}, **fields}
+  with pytest.raises(errors.UserError, match=re.escape(message)):
+    changed(**raw)
+
+
+def test_a_claim_may_name_a_row_that_is_not_run():
+  table = changed(not_run={'hd': 'too large'},
+                  claims={'gap': {**GAP, 'b': 'hd'}})
+  assert table.claims['gap'].b == 'hd'
+
+
+@pytest.mark.parametrize('other', [
+    with_claim(d=0.02),
+    with_claim(b='broken'),
+    changed(seeds=(0, 1, 2)),
+    changed(budget='more'),
+    changed(account='flops'),
+    changed(exclusions=('all that failed',)),
+    changed(metrics={'vqa': dict(score='vqa/accuracy', ceiling=0.5)}),
+])
+def test_what_decides_a_verdict_changes_its_hash(other):
+  before = claims.frozen_hashes(claims.parse(TABLE, ROWS))
+  assert claims.frozen_hashes(other) != before
+
+
+def test_the_tuning_changes_the_hash_of_a_claim():
+  other = {**TUNED, 'tuning': {**TUNED['tuning'], 'stage': 'two'}}
+  assert claims.frozen_hashes(changed(**other)) != (
+      claims.frozen_hashes(changed(**TUNED)))
+
+
+def test_what_does_not_decide_it_does_not():
+  table = claims.parse(TABLE, ROWS)
+  other = dataclasses.replace(table, title='Other', published_source='blog')
+  assert claims.frozen_hashes(other) == claims.frozen_hashes(table)

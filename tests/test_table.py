@@ -1,0 +1,168 @@
+"""The command: what runs, what is written, what fails it."""
+
+import json
+
+import pytest
+import table_lab
+
+from mmgen import config
+from mmgen import errors
+from mmgen import table
+from mmgen.tables import claims
+from mmgen.tables import run_graph
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+  config.experiment.cache_clear()
+  return table_lab.Lab(tmp_path, monkeypatch)
+
+
+def test_a_whole_table(lab, capsys):
+  assert lab.run() == 0
+  # 3 rows x 8 seeds, 8 for the A/A row, one warm start per seed.
+  assert len(lab.started) == 8 * 5
+  claim, = lab.said['claims']
+  assert claim['verdict'] == 'reproduced at mini scale'
+  assert claim['mean'] == pytest.approx(0.1)
+  assert claim['published'] == 'holds'
+  assert claim['flags'] == claim['notes'] == []
+  assert [c['word'] for c in lab.said['controls']] == ['as expected'] * 2
+  clip, patches, _, hd = lab.said['rows']
+  assert clip['account'] == dict(samples=200, text_tokens=2000,
+                                 visual_tokens=4000, flops=1e13,
+                                 parameters=123456)
+  assert clip['own']['samples'] == patches['account']['samples'] == 100
+  assert patches['seeds'] == list(range(8))
+  assert hd['not_run'] == 'needs 33M web pictures'
+  assert {p.name for p in lab.folder.iterdir()} == {
+      'report.html', 'table.md', 'table.json', 'table.frozen.json'}
+  out = capsys.readouterr().out
+  assert 'run 40 of 40' in out
+  assert str(lab.folder / 'report.html') in out
+
+
+def test_a_second_call_runs_nothing(lab, capsys):
+  lab.run('--seeds=0,1')
+  before, said = len(lab.started), lab.said
+  assert lab.run('--seeds=0,1') == 0
+  assert len(lab.started) == before
+  assert lab.said == said
+  assert '10 of them finished' in capsys.readouterr().out
+
+
+def test_one_seed_is_no_verdict(lab):
+  assert lab.run('--seeds=3') == 0
+  assert lab.said['claims'][0]['verdict'] == 'one seed: no verdict'
+
+
+def test_rows_that_were_not_asked_for_leave_claims_open(lab):
+  assert lab.run('--rows=patches', '--seeds=0') == 0
+  assert lab.started == [('patches', 0), ('patches', 1000)]
+  assert lab.said['claims'][0]['verdict'] == 'not run'
+
+
+def test_a_row_that_is_declared_as_not_run_is_not_run(lab):
+  lab.path.write_text(lab.path.read_text().replace("'hd':", "'clip':"))
+  assert lab.run('--seeds=0') == 0
+  assert {row for row, _ in lab.started} == {'patches', 'broken'}
+  assert [row['name'] for row in lab.said['rows']] == [
+      'patches', 'broken', 'clip']
+  assert lab.said['claims'][0]['notes'] == [
+      'clip is not run: needs 33M web pictures']
+
+
+def test_a_dry_run_touches_nothing(lab, capsys):
+  assert lab.run('--seeds=0', '--rows=clip', '--dry_run') == 0
+  assert lab.started == []
+  assert not (lab.root / 'runs').exists()
+  out = capsys.readouterr().out.splitlines()
+  assert [line.split()[:2] for line in out[1:]] == [['to', 'run']] * 2
+  assert 'warm.py:text:train seed 0' in out[1]
+
+
+def test_a_crash_fails_the_command_after_all_others_ran(lab, capsys):
+  lab.crash = {('clip', 0)}
+  assert lab.run('--seeds=0,1') == 1
+  assert ('clip', 1) in lab.started and ('broken', 1) in lab.started
+  assert lab.said['rows'][0]['failed'] == {'0': 'exit code 1'}
+  assert lab.said['rows'][0]['cells']['vqa']['values']['0'] == 0.05
+  assert 'crashed: exit code 1' in capsys.readouterr().out
+
+
+def test_a_verdict_never_fails_the_command(lab):
+  lab.scores['clip'] = 0.3
+  assert lab.run() == 0
+  assert lab.said['claims'][0]['verdict'] == 'reversed at mini scale'
+
+
+@pytest.mark.parametrize('seeds, code', [
+    ('0,1,2,3', 0), ('0,1,2,3,4', 1)])
+def test_five_seeds_against_a_control_fail_it(lab, seeds, code, capsys):
+  lab.scores['broken'] = 0.7
+  assert lab.run(f'--seeds={seeds}') == code
+  assert ('contradicts' in capsys.readouterr().out) == bool(code)
+
+
+def test_a_claim_that_changes_afterwards_is_exploratory(lab):
+  lab.run('--seeds=0')
+  assert lab.said['claims'][0]['notes'] == []
+  lab.path.write_text(lab.path.read_text().replace('d=0.03', 'd=0.01'))
+  config.experiment.cache_clear()
+  lab.run('--seeds=0')
+  assert 'exploratory' in lab.said['claims'][0]['notes'][0]
+
+
+@pytest.mark.parametrize('argument, message', [
+    ('--rows=clp', "no row 'clp' to run. Did you mean 'clip'"),
+    ('--rows=hd', "no row 'hd' to run"),
+    ('--seeds=0;1', '--seeds=0;1: expected whole numbers'),
+    ('--seeds=1000', 'from 0 to 999'),
+])
+def test_a_wrong_argument_is_named(lab, argument, message):
+  with pytest.raises(errors.UserError, match=message):
+    table.main([f'--experiment={lab.path}', argument])
+
+
+def test_an_experiment_without_a_table(lab):
+  with pytest.raises(errors.UserError, match='declares no TABLE'):
+    table.main([f'--experiment={lab.root}/warm.py'])
+  with pytest.raises(errors.UserError, match='--list shows them'):
+    table.main([])
+
+
+def test_tables_of_the_repository_are_well_formed(capsys):
+  table.main(['--list'])
+  assert 'quickstart: ' in capsys.readouterr().out
+
+
+def test_examples_are_counted_by_question_type(lab):
+  run, = run_graph.plan([(f'{lab.path}:patches', 0)], 'mini', lab.root / 'r',
+                        lab.root)[0].values()
+  table_lab.write_run(run, 0.5, examples=40)
+  columns = {'a': claims.Column('vqa/accuracy'),
+             'b': claims.Column('vqa/what'), 'c': claims.Column('loss/loss')}
+  assert table._examples(run.folder, columns) == {
+      'vqa/accuracy': 40, 'vqa/what': 30}
+
+
+def test_examples_of_retrieval_are_counted_in_one_direction(lab):
+  run, = run_graph.plan([(f'{lab.path}:patches', 0)], 'mini', lab.root / 'r',
+                        lab.root)[0].values()
+  (run.folder / 'predictions').mkdir(parents=True)
+  (run.folder / 'predictions' / 'retrieval.jsonl').write_text(''.join(
+      json.dumps(dict(condition='picture', type=direction)) + '\n'
+      for direction in ('image_to_text', 'text_to_image') for _ in range(20)))
+  columns = {'a': claims.Column('retrieval/image_to_text@5')}
+  assert table._examples(run.folder, columns) == {
+      'retrieval/image_to_text@5': 20}
+
+
+def test_fall_of_a_loss_by_hand():
+  # The last tenth of 100 steps is a straight line from 2.09 down to 2.00.
+  rows = [dict(step=i, loss=3.0) for i in range(90)]
+  rows += [dict(step=90 + i, loss=2.09 - 0.01 * i) for i in range(10)]
+  assert table.loss_fall(rows) == pytest.approx(0.09 / 2.09)
+  assert table.loss_fall(rows[:20]) is None
+  assert table.loss_fall([*rows, {'step': 100, 'scores/x': 1.0}]) == (
+      pytest.approx(0.09 / 2.09))
