@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def launch(run: Run, workdir, data_dir) -> str | None:
              f'--scale={run.config.scale}', f'--seed={run.seed}',
              f'--workdir={workdir}', f'--data_dir={data_dir}',
              *(f'--config.{field}={value}' for field, value in run.overrides)]
-  with subprocess.Popen(command) as child:
+  with subprocess.Popen(command, env=_environment(workdir)) as child:
     try:
       code = child.wait()
     except BaseException:  # the child saves its last step, then we go too
@@ -175,6 +176,17 @@ def launch(run: Run, workdir, data_dir) -> str | None:
   why = (f'killed by {signal.Signals(-code).name}' if code < 0 else
          f'exit code {code}' if code else 'it wrote no result.json')
   return f'{why}; repeat it with: python {" ".join(command[1:])}'
+
+
+def _environment(workdir) -> dict[str, str]:
+  """Lets runs that compile the same programs compile them once.
+
+  What the user has set stays. Object stores are left alone.
+  """
+  cache = {
+      'JAX_COMPILATION_CACHE_DIR': str(epath.Path(workdir) / 'compiled'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
+  return ({} if '://' in str(workdir) else cache) | os.environ
 
 
 def duration(seconds: float) -> str:

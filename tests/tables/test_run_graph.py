@@ -94,7 +94,7 @@ def test_the_command_of_a_run_names_that_very_run(
                            'mini', tmp_path / 'runs', tmp_path)
   key, run = list(runs.items())[-1]
   commands = []
-  monkeypatch.setattr(subprocess, 'Popen', lambda command: (
+  monkeypatch.setattr(subprocess, 'Popen', lambda command, env: (
       commands.append(command), real([sys.executable, '-c', '']))[1])
   run_graph.launch(run, tmp_path / 'runs', tmp_path)
   parser = argparse.ArgumentParser()
@@ -195,7 +195,8 @@ def test_why_a_process_gave_no_result(toy, tmp_path, monkeypatch, script, why):
   *_, run = runs.values()
   commands = []
 
-  def fake(command):
+  def fake(command, env):
+    assert env['JAX_COMPILATION_CACHE_DIR']
     commands.append(command)
     return real([sys.executable, '-c', script])
 
@@ -224,7 +225,7 @@ time.sleep(60)
     """Is interrupted at the first wait, as by Ctrl-C."""
     waited = False
 
-    def __init__(self, command):
+    def __init__(self, command, env):
       super().__init__([sys.executable, '-c', script])
 
     def wait(self, timeout=None):
