@@ -16,7 +16,10 @@ setuptools.setup(
         'etils[epath]>=1.12',
         'flax>=0.12',
         'grain>=0.2.15',
-        'jax>=0.10',
+        # On CPU jaxlib 0.10.2 compiles some reductions wrongly, without a
+        # warning (jax-ml/jax#39103; tests/test_environment.py).
+        'jax>=0.10,!=0.10.2',
+        'jaxlib>=0.10,!=0.10.2',
         'matplotlib>=3.9',
         'ml_collections>=1.0',
         'numpy>=2.0',
