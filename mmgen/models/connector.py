@@ -23,23 +23,18 @@ class ConnectorConfig:
 
   def __post_init__(self):
     if self.name not in CONNECTORS:
-      raise ValueError(f'connector.name: {self.name!r}; allowed: '
+      raise ValueError(f'model.connector.name: {self.name!r}; allowed: '
                        f'{", ".join(CONNECTORS)}.')
     if self.hidden is not None and self.name != 'mlp':
-      raise ValueError(f'connector.hidden is {self.hidden}, but the connector '
+      raise ValueError(f'model.connector.hidden is {self.hidden}, but '
                        f"{self.name!r} has no hidden layer; only 'mlp' has.")
 
 
 class Identity(nn.Module):
-  """Nothing, if the widths agree already."""
+  """Nothing; the widths must agree already."""
   config: ConnectorConfig
 
   def __call__(self, x):
-    if x.shape[-1] != self.config.width:
-      raise ValueError(
-          "connector.name is 'identity', but the vision module's width is "
-          f'{x.shape[-1]} and the decoder\'s {self.config.width}; make them '
-          "equal or choose 'linear' or 'mlp'.")
     return x
 
 

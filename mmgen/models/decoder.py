@@ -36,6 +36,12 @@ class DecoderConfig:
   backend: str = 'plain'
   dtype: str = 'float32'
 
+  def __post_init__(self):
+    try:
+      _ = self.stack
+    except ValueError as error:
+      raise ValueError(f'model.decoder.{error}') from error
+
   @property
   def stack(self):
     fields = dataclasses.asdict(self)
@@ -81,7 +87,8 @@ class Decoder(nn.Module):
 def sized(size, **overrides):
   """Returns the `DecoderConfig` of a published size, fields overridden."""
   if size not in SIZES:
-    raise ValueError(f'decoder.size: {size!r}; allowed: {", ".join(SIZES)}.')
+    raise ValueError(f'model.decoder.size: {size!r}; allowed: '
+                     f'{", ".join(SIZES)}.')
   return DecoderConfig(**{**SIZES[size], **overrides})
 
 

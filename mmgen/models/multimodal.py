@@ -36,6 +36,14 @@ class MultimodalConfig:
   vision: Any = None
   connector: connector_lib.ConnectorConfig | None = None
 
+  def __post_init__(self):
+    if (self.vision is not None and self.connector.name == 'identity'
+        and self.vision.width != self.decoder.width):
+      raise ValueError(
+          "model.connector.name is 'identity', but model.vision.width is "
+          f'{self.vision.width} and model.decoder.width is '
+          f"{self.decoder.width}; make them equal or choose 'linear' or 'mlp'.")
+
 
 class MultimodalDecoder(nn.Module):
   """Parameters {'vision', 'connector', 'decoder'}, those that have any.

@@ -81,6 +81,10 @@ class EveConfig:
     heads: attention heads N of both cross-attentions.
     patch: pixels along each edge of a raw patch.
     pool: raw patches along each edge of a cell.
+    local_attention: whether a cell reads its raw patches (CA1); without it a
+      cell is their plain average.
+    global_attention: whether the class embedding reads the cells (CA2);
+      without it it is the learned vector alone.
     norm_eps: of the layer norms.
     mean, std: of the pixels in 0..1, by channel.
     dtype: compute dtype.
@@ -89,6 +93,8 @@ class EveConfig:
   heads: int = 8
   patch: int = 14
   pool: int = 2
+  local_attention: bool = True
+  global_attention: bool = True
   norm_eps: float = 1e-5
   mean: tuple[float, float, float] = vision_encoder.CLIP_MEAN
   std: tuple[float, float, float] = vision_encoder.CLIP_STD
@@ -96,8 +102,8 @@ class EveConfig:
 
   def __post_init__(self):
     if self.width % self.heads:
-      raise ValueError(f'vision.heads is {self.heads}; allowed: divisors of '
-                       f'vision.width, {self.width}.')
+      raise ValueError(f'model.vision.heads is {self.heads}; allowed: divisors '
+                       f'of model.vision.width, {self.width}.')
 
   def image_layout(self, image_size):
     """The slots of a picture of `image_size` (rows, columns) pixels."""
@@ -160,9 +166,10 @@ class Eve(nn.Module):
     blocks = patches_BYXD.reshape(
         B, Y // c.pool, c.pool, X // c.pool, c.pool, D).swapaxes(2, 3)
     blocks = blocks.reshape(-1, c.pool * c.pool, D)
-    average = jnp.mean(blocks, axis=1, keepdims=True)
-    cells = CrossAttention(c, name='local_attention')(
-        average, blocks, attention.Mask())
+    cells = jnp.mean(blocks, axis=1, keepdims=True)
+    if c.local_attention:
+      cells = CrossAttention(c, name='local_attention')(
+          cells, blocks, attention.Mask())
     return cells.reshape(B, -1, D)
 
   def _global(self, cells_BPD, valid_BP):
@@ -171,6 +178,8 @@ class Eve(nn.Module):
     query = self.param('class_embedding', nn.initializers.normal(1), (c.width,))
     query = jnp.broadcast_to(query.astype(c.dtype)[None, None],
                              (cells_BPD.shape[0], 1, c.width))
+    if not c.global_attention:
+      return query
     return CrossAttention(c, name='global_attention')(
         query, cells_BPD, attention.Mask(valid_BS=valid_BP))
 
@@ -232,7 +241,7 @@ def eve_flops(config, image_size):
   # Queries and outputs by query; keys, values and their two mixings by key.
   local = 2 * cells * square + 2 * raw * (square + c.width)
   overall = 2 * square + 2 * cells * (square + c.width)
-  return 2 * (stem + local + overall)
+  return 2 * (stem + local * c.local_attention + overall * c.global_attention)
 
 
 def _patches(images_BIYXC, config):

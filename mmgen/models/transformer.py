@@ -63,17 +63,17 @@ class StackConfig:
     for field, table in (('norm', NORMS), ('mlp', ('swiglu', *ACTIVATIONS)),
                          ('init', INITS), ('backend', attention.BACKENDS)):
       if getattr(self, field) not in table:
-        raise ValueError(f'StackConfig.{field}: {getattr(self, field)!r}; '
+        raise ValueError(f'{field}: {getattr(self, field)!r}; '
                          f'allowed: {", ".join(table)}.')
     if self.head_dim is None and self.width % self.heads:
-      raise ValueError(f'StackConfig.heads: {self.heads} does not divide width '
+      raise ValueError(f'heads: {self.heads} does not divide width '
                        f'{self.width}; choose a divisor or give head_dim.')
     if self.heads % self.K:
-      raise ValueError(f'StackConfig.kv_heads: {self.K}; allowed: divisors of '
-                       f'heads, {self.heads}.')
+      raise ValueError(f'kv_heads: {self.K}; allowed: divisors of heads, '
+                       f'{self.heads}.')
     if self.rope_theta is not None and self.H % 2:
-      raise ValueError(f'StackConfig.head_dim: {self.H} is odd; rotary '
-                       'positions turn pairs.')
+      raise ValueError(f'head_dim: {self.H} is odd; rotary positions turn '
+                       'pairs.')
 
   @property
   def K(self):

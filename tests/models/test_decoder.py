@@ -117,7 +117,8 @@ def test_published_sizes_have_their_constants():
 
 def test_starts_near_uniform():
   config = decoder.sized('mini', vocab=64)
-  params = _everything(decoder.Decoder(config), jax.random.key(0))['params']
+  params = jax.jit(functools.partial(_everything, decoder.Decoder(config)))(
+      jax.random.key(0))['params']
   for kernel in (params['embedding'], params['head']['kernel']):
     np.testing.assert_allclose(np.std(kernel), 0.02, rtol=0.05)
 

@@ -17,6 +17,7 @@ from mmgen.models import connector
 from mmgen.models import decoder
 from mmgen.models import multimodal
 from mmgen.models import patch_embedding
+from mmgen.training import metrics
 
 SIZE = (8, 12)
 DECODER = decoder.DecoderConfig(
@@ -243,6 +244,16 @@ def test_flops_by_hand():
       multimodal.MultimodalConfig(DECODER), 34, 5, SIZE) == 34 * text
 
 
+@pytest.mark.parametrize('name', CONFIGS)
+def test_flops_are_those_of_the_program(name):
+  config = CONFIGS[name]
+  batch = _batch(config, _documents(), 2, 34)
+  program = jax.make_jaxpr(multimodal.MultimodalDecoder(config).apply)(
+      {'params': _params(config)}, batch)
+  assert metrics.count_flops(program) == 2 * multimodal.flops(
+      config, 34, 4, SIZE)
+
+
 def _experiment(**model):
   fields = dict(
       decoder=dict(layers=2, width=16, heads=4, hidden=24, vocab=64),
@@ -269,7 +280,10 @@ def test_build_reads_an_experiment():
 @pytest.mark.parametrize('model, message', [
     (dict(vision=dict(name='evo')), "vision.name: 'evo'; allowed: linear_pat"),
     (dict(decoder=dict(layer=2, vocab=9)), r"unknown fields \['layer'\], miss"),
-    (dict(connector=dict(name='conv')), "connector.name: 'conv'; allowed: id")])
+    (dict(connector=dict(name='conv')), "connector.name: 'conv'; allowed: id"),
+    (dict(connector=dict(name='identity')), 'vision.width is 8 and .* is 16'),
+    (dict(decoder=dict(layers=2, width=16, heads=3, hidden=24, vocab=9)),
+     'model.decoder.heads: 3 does not divide width 16')])
 def test_build_errors_name_the_field(model, message):
   with pytest.raises(ValueError, match=message):
     multimodal.build(_experiment(**model))

@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 
 import jax
@@ -130,6 +131,38 @@ def test_eve_of_a_padded_picture_is_eve_of_the_crop():
   assert grid.table_size == len(padded[1])
 
 
+@pytest.mark.parametrize('option, changed, kept', [
+    ('local_attention', ('cells', 'class'), ()),
+    ('global_attention', ('class',), ('cells',)),
+])
+def test_eve_without_an_attention(option, changed, kept):
+  golden, weights = _golden('eve_square')
+  config, _ = EVE['eve_square']
+  params, _ = from_reference(weights, config)
+  images, box = golden['images'][:, None], golden['boxes'][:, None]
+  _, whole = patch_embedding.Eve(config).apply({'params': params}, images, box)
+  without = patch_embedding.Eve(dataclasses.replace(config, **{option: False}))
+  assert set(jax.eval_shape(
+      without.init, jax.random.key(0), images, box)['params']) == {
+          *params} - {option}
+  del params[option]
+  _, out = without.apply({'params': params}, images, box)
+  for name in changed:
+    assert np.abs(out[name] - whole[name]).max() > 1e-2
+  for name in kept:
+    np.testing.assert_array_equal(out[name], whole[name])
+  if option == 'local_attention':  # the plain average of 2 x 2 raw patches
+    cells = config.image_layout(images.shape[2:4])
+    raw = np.asarray(out['patches'], np.float64).reshape(
+        len(images), cells.rows, 2, cells.cols, 2, config.width)
+    np.testing.assert_allclose(
+        out['cells'][:, 0], raw.mean(axis=(2, 4)).reshape(
+            len(images), -1, config.width), atol=1e-5)
+  else:
+    for found in out['class'][:, 0, 0]:
+      np.testing.assert_array_equal(found, params['class_embedding'])
+
+
 def test_eve_of_an_empty_slot_is_finite():
   golden, _ = _golden('eve_square')
   table, _, _ = _eve('eve_square', golden['images'], np.zeros((3, 4), int))
@@ -193,6 +226,9 @@ def test_flops_by_hand():
   assert patch_embedding.eve_flops(eve, (4, 8)) == 2 * (
       8 * 12 * 8 + (2 * 2 * 64 + 8 * 2 * 64 + 8 * 2 * 8)
       + (2 * 64 + 2 * 2 * 64 + 2 * 2 * 8))
+  without = dataclasses.replace(
+      eve, local_attention=False, global_attention=False)
+  assert patch_embedding.eve_flops(without, (4, 8)) == 2 * (8 * 12 * 8)
   mlp = connector.ConnectorConfig('mlp', 5, hidden=7)
   assert connector.flops(mlp, 3) == 2 * (3 * 7 + 7 * 5)
   assert connector.flops(connector.ConnectorConfig('linear', 5), 3) == 30
@@ -236,8 +272,5 @@ def test_errors_name_the_field():
     patch_embedding.EveConfig(width=8, heads=3)
   with pytest.raises(ValueError, match="'resampler'; allowed: identity"):
     connector.ConnectorConfig('resampler', 8)
-  with pytest.raises(ValueError, match="hidden is 4, .* 'linear' has no"):
+  with pytest.raises(ValueError, match="hidden is 4, but 'linear' has no"):
     connector.ConnectorConfig('linear', 8, hidden=4)
-  with pytest.raises(ValueError, match="width is 6 and the decoder's 8"):
-    connector.Identity(connector.ConnectorConfig('identity', 8)).apply(
-        {}, jnp.zeros((1, 6)))
