@@ -216,7 +216,8 @@ def _loop(run, step, state, frozen, mesh, example):
   config = run.config
   with jax.set_mesh(mesh):
     traced = step.trace(state, frozen, sharding.shard_batch(mesh, example))
-  run.flops = metrics_lib.count_flops(traced.jaxpr)
+  run.flops = metrics_lib.count_flops(
+      metrics_lib.live(traced.jaxpr))
   batches = run.pipeline.iterate(run.start)
   late = []  # metrics that are still to be fetched
   with _terminated() as terminated:

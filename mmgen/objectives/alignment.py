@@ -38,15 +38,24 @@ class Alignment:
       'teacher', which a config freezes. Its grid has as many cells as the
       model's, or a whole fraction of them along each edge.
     coefficients: {name: factor of the loss}.
+    shift: what is predicted at a cell is compared with what the teacher sees
+      so many valid cells later, row by row; 1 is the next patch (table 4,
+      'MSE_NP').
   """
   model: Any
   aligner: Any
   teacher: Any
   coefficients: dict[str, float] = dataclasses.field(
       default_factory=lambda: {'next_token': 1.0, 'alignment': 1.0})
+  shift: int = 0
 
   names = ('next_token', 'alignment')
   coupled = False
+
+  def __post_init__(self):
+    if self.shift < 0:
+      raise ValueError(f'shift is {self.shift}; allowed: 0 (the same cell), 1 '
+                       '(the next), ...')
 
   def init(self, rng):
     """Returns the parameters that the model itself does not have.
@@ -65,7 +74,8 @@ class Alignment:
   def weights(self, batch):
     """Returns the weights of all targets and the number of pictures."""
     pictures = sum(
-        (jnp.sum(jnp.any(self._slots(arrays)[1], axis=-1), dtype=jnp.float32)
+        (jnp.sum(jnp.sum(self._slots(arrays)[1], axis=-1) > self.shift,
+                 dtype=jnp.float32)
          for arrays in batch.values() if 'images' in arrays), jnp.float32(0))
     tokens = sum(jnp.sum(arrays['weights']) for arrays in batch.values())
     return {'next_token': tokens, 'alignment': pictures}
@@ -100,8 +110,9 @@ class Alignment:
         {'params': variables['params']['teacher']},
         shrink(arrays['images'], self.teacher.config.image_size),
         arrays['image_box'])
-    return jnp.sum(distance(
-        found_BIPD, jax.lax.stop_gradient(wanted_BIPD), valid_BIP))
+    return jnp.sum(distance(*shifted(
+        found_BIPD, jax.lax.stop_gradient(wanted_BIPD), valid_BIP,
+        self.shift)))
 
   def _slots(self, arrays):
     """Where the cells of the teacher's grid lie in the model's rows.
@@ -136,7 +147,7 @@ def build(model, teacher, aligner=None, **options) -> Alignment:
     model: a `models.multimodal.MultimodalDecoder`.
     teacher: {'size': a published size, and fields that override it}.
     aligner: {'interval', 'heads'} of the aligning layer, if not EVE's.
-    **options: as in `Alignment`.
+    **options: 'shift' and 'coefficients', as in `Alignment`.
 
   Raises:
     ValueError: an unknown size or field, or values that do not fit.
@@ -148,6 +159,23 @@ def build(model, teacher, aligner=None, **options) -> Alignment:
       **dict((aligner or {}).items()))
   return Alignment(model, aligner_lib.PatchAligner(layer),
                    vision_encoder.VisionEncoder(teacher), **options)
+
+
+def flops(objective):
+  """Forward FLOPs that alignment adds for one picture slot, in use or not.
+
+  Matrix products only, without the resize of the teacher's picture.
+
+  Args:
+    objective: an `Alignment`.
+
+  Returns:
+    (teacher, aligner), 2 for each multiply-add. Training takes the teacher's
+    once, as no gradient enters it, and three times the aligner's.
+  """
+  rows, cols = objective.teacher.config.grid
+  return (vision_encoder.flops(objective.teacher.config, pooled=False),
+          rows * cols * aligner_lib.flops(objective.aligner.config))
 
 
 def cell_slots(visual_BT, images, image_layout):
@@ -182,6 +210,23 @@ def distance(found_BIPD, wanted_BIPD, valid_BIP):
   count_BI = jnp.sum(valid_BIP, axis=-1)
   mean_BI = jnp.sum(cosine_BIP * valid_BIP, axis=-1) / jnp.maximum(count_BI, 1)
   return jnp.where(count_BI > 0, 1 - mean_BI, 0.0)
+
+
+def shifted(found_BIPD, wanted_BIPD, valid_BIP, shift):
+  """Pairs each valid cell with the valid cell `shift` places behind it.
+
+  Returns:
+    The arguments of `distance`, with P - shift cells: found, the wanted of a
+    later cell, and whether both are valid.
+  """
+  if not shift:
+    return found_BIPD, wanted_BIPD, valid_BIP
+  # Valid cells to the front, in their order: padding lies between the rows.
+  order_BIP = jnp.argsort(~valid_BIP, axis=-1, stable=True)
+  take = lambda x: jnp.take_along_axis(x, order_BIP[..., None], axis=2)
+  later_BIP = jnp.take_along_axis(valid_BIP, order_BIP, axis=2)[..., shift:]
+  return (take(found_BIPD)[:, :, :-shift], take(wanted_BIPD)[:, :, shift:],
+          later_BIP)
 
 
 def shrink(images_BIYXC, size):

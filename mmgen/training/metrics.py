@@ -12,6 +12,7 @@ import time
 
 from etils import epath
 import jax
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import numpy as np
 import rich.console
@@ -28,6 +29,11 @@ _log = logging.getLogger(__name__)
 SPIKE_DEVIATIONS = 7.0
 SPIKE_WINDOW = 100
 SPIKE_LEAST = 20  # values needed before any is judged
+
+# A run has collapsed if its held-out loss ends this far above its lowest. The
+# factor is this project's: EVE's figure 5 (arXiv:2406.11832) shows collapses
+# of far more and gives no rule.
+COLLAPSE_RATIO = 1.2
 
 # What `count_batch` counts; sums over a run are its accounts.
 COUNTS = ('samples', 'images', 'text_tokens', 'visual_tokens')
@@ -117,6 +123,16 @@ def count_flops(jaxpr) -> int:
   return total
 
 
+def live(closed):
+  """Returns a traced program without what no result needs.
+
+  A compiler drops it too: a teacher's blocks above the layer that is read, the
+  gradient of pixels.
+  """
+  jaxpr = closed.jaxpr
+  return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
 def _jaxprs(params):
   values = [x for value in params.values()
             for x in (value if isinstance(value, (tuple, list)) else [value])]
@@ -145,6 +161,17 @@ def spikes(values) -> int:
   return count
 
 
+def collapsed(values) -> bool:
+  """Whether a series of held-out losses ends far above its lowest value.
+
+  See `COLLAPSE_RATIO`. A last value that is not finite is a collapse too; one
+  before it is passed over.
+  """
+  finite = [value for value in values if math.isfinite(value)]
+  return not math.isfinite(values[-1]) or (
+      values[-1] > COLLAPSE_RATIO * min(finite))
+
+
 def stability(rows) -> dict[str, float]:
   """Summarises how smoothly a run went.
 
@@ -152,9 +179,15 @@ def stability(rows) -> dict[str, float]:
     rows: of `metrics.jsonl`.
 
   Returns:
-    Spikes of loss and gradient norm per 1,000 steps, and quantiles of the
-    gradient norm before clipping.
+    Spikes of loss and gradient norm per 1,000 steps, quantiles of the gradient
+    norm before clipping, and, if a held-out loss was taken more than once
+    (`eval_every`), 'collapsed': 1.0 if any such loss has, else 0.0.
   """
+  held_out = {}  # by step: a run cut off after its last score repeats it
+  for row in rows:
+    for name, value in row.items():
+      if name.startswith('scores/') and name.endswith('/loss'):
+        held_out.setdefault(name, {})[row['step']] = value
   rows = [row for row in rows if 'loss' in row]
   loss = [row['loss'] for row in rows]
   norm = [row['grad_norm'] for row in rows]
@@ -165,6 +198,10 @@ def stability(rows) -> dict[str, float]:
       'grad_norm_spikes_per_1000': 1000 * spikes(norm) / len(rows)}
   for name, q in (('p50', 0.5), ('p90', 0.9), ('p99', 0.99), ('max', 1.0)):
     result[f'grad_norm_{name}'] = float(np.quantile(norm, q))
+  followed = [list(found.values()) for found in held_out.values()
+              if len(found) > 1]
+  if followed:
+    result['collapsed'] = float(any(map(collapsed, followed)))
   return result
 
 

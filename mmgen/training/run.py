@@ -192,7 +192,11 @@ class Run:
       self._writer.close()
 
   def result(self, scores, state, frozen, mesh) -> dict:
-    """Returns the content of `result.json`."""
+    """Returns the content of `result.json`.
+
+    A run whose held-out loss was followed has the score 'stability/collapsed'
+    beside those of its evaluators; see `metrics.stability`.
+    """
     config, totals = self.config, dict(self.totals)
     if config.layout.name == 'pair':  # pictures take no positions of a row
       totals['visual_tokens'] = (
@@ -200,6 +204,9 @@ class Run:
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
     with checkpoint.writing(self.folder):
       self._writer.flush()
+    stability = metrics_lib.stability(metrics_lib.read_rows(self.folder))
+    if 'collapsed' in stability:  # a table may have a column of it
+      scores = {**scores, 'stability/collapsed': stability['collapsed']}
     return dict(
         name=config.name, scale=config.scale, seed=config.seed, scores=scores,
         fingerprints=self.fingerprints, steps=config.steps, **totals,
@@ -210,4 +217,4 @@ class Run:
         evaluation_seconds=self._evaluation_seconds,
         device=jax.devices()[0].device_kind, devices=jax.device_count(),
         mesh=dict(mesh.shape), git_revision=', '.join(self.revisions),
-        stability=metrics_lib.stability(metrics_lib.read_rows(self.folder)))
+        stability=stability)

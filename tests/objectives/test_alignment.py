@@ -22,6 +22,7 @@ from mmgen.models import multimodal
 from mmgen.models import vision_encoder
 from mmgen.objectives import alignment
 from mmgen.objectives import next_token
+from mmgen.training import metrics
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 # The reference's grid: class token, then rows that end in a split token.
@@ -114,6 +115,20 @@ def test_distance_is_a_mean_over_cells_then_pictures():
   valid = np.array([[[1, 1, 0], [1, 0, 0], [0, 0, 0]]], bool)
   found = alignment.distance(found, wanted, valid)
   np.testing.assert_allclose(found, [[1.0, 1.0, 0.0]], atol=1e-6)
+
+
+def test_the_next_cell_is_the_next_valid_one_row_by_row():
+  # Cells 0 1 2 / 3 4 5 / 6 7 8, of which 1 2 / 4 5 are picture; one cell; none.
+  valid = np.zeros((1, 3, 9), bool)
+  valid[0, 0, [1, 2, 4, 5]] = valid[0, 1, 8] = True
+  cells = np.broadcast_to(np.arange(9.0)[None, None, :, None], (1, 3, 9, 1))
+  found, wanted, pairs = alignment.shifted(cells, 10 + cells, valid, 1)
+  assert found.shape == wanted.shape == (1, 3, 8, 1)
+  assert pairs.sum(axis=-1).tolist() == [[3, 0, 0]]
+  np.testing.assert_array_equal(found[0, 0, pairs[0, 0], 0], [1, 2, 4])
+  np.testing.assert_array_equal(wanted[0, 0, pairs[0, 0], 0], [12, 14, 15])
+  _, wanted, pairs = alignment.shifted(cells, 10 + cells, valid, 2)
+  np.testing.assert_array_equal(wanted[0, 0, pairs[0, 0], 0], [14, 15])
 
 
 class Letters:
@@ -288,10 +303,40 @@ def test_grids_that_do_not_fit_are_named(trees):
     objective.weights({'a': packed(2, 64, 5)})
 
 
+def test_a_shifted_target_is_another_loss_over_the_same_pictures(trees):
+  batch = {'a': packed(8, 16, 1)}
+  shifted = dataclasses.replace(OBJECTIVE, shift=1)
+  run = jax.jit(lambda params, frozen: [
+      objective(params, frozen, {}, batch, None, 0)[0]['alignment']
+      for objective in (OBJECTIVE, shifted)])
+  (same, pictures), (following, weight) = run(*trees)
+  assert pictures == weight == shifted.weights(batch)['alignment'] == 8
+  assert abs(same - following) > 1e-2
+  # The teacher has two cells a picture: none has one two cells later.
+  assert dataclasses.replace(OBJECTIVE, shift=2).weights(
+      batch)['alignment'] == 0
+  with pytest.raises(ValueError, match='shift is -1'):
+    dataclasses.replace(OBJECTIVE, shift=-1)
+
+
+def test_flops_by_program():
+  teacher, aligner = alignment.flops(OBJECTIVE)
+  hidden = {l: jnp.zeros((2, 16)) for l in ALIGNER.config.taps}
+  image = jnp.zeros((1, 1, 8, 4, 3), jnp.uint8)
+  box = jnp.zeros((1, 1, 4), jnp.int32)
+  count = lambda module, *arguments: metrics.count_flops(jax.make_jaxpr(
+      lambda params: module.apply({'params': params}, *arguments)[0])(
+          jax.eval_shape(module.init, jax.random.key(0), *arguments)['params']))
+  assert (teacher, aligner) == (
+      count(TEACHER, image, box), count(ALIGNER, hidden))
+
+
 def test_build_takes_widths_from_model_and_teacher():
   built = alignment.build(
       MODEL, dict(size='mini', width=24, heads=2, tap=-3),
-      dict(interval=2, heads=3), coefficients=dict(next_token=1, alignment=2))
+      dict(interval=2, heads=3), shift=1,
+      coefficients=dict(next_token=1, alignment=2))
+  assert built.shift == 1
   assert built.aligner.config == aligner_lib.PatchAlignerConfig(
       layers=2, decoder_width=16, width=24, interval=2, heads=3)
   assert built.teacher.config == dataclasses.replace(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import flax.linen as nn
 import jax
@@ -71,6 +72,38 @@ def test_stability_of_a_run():
   summary = metrics.stability(rows)
   assert summary['loss_spikes_per_1000'] == 5.0
   assert summary['grad_norm_p50'] == 99.5 and summary['grad_norm_max'] == 199
+
+
+@pytest.mark.parametrize('losses, expected', [
+    ([3.0, 2.0, 2.4], False),  # 1.2 times the lowest is not above it
+    ([3.0, 2.0, 2.41], True),
+    ([3.0, 2.0, 5.0, 2.1], False),  # a jump that was made good
+    ([2.0, 3.0, 4.0], True),
+    ([3.0, math.nan, 2.0], False),
+    ([3.0, 2.0, math.nan], True),
+    ([math.inf, math.inf], True),
+])
+def test_a_collapse_is_a_loss_that_ends_high(losses, expected):
+  assert metrics.collapsed(losses) is expected
+
+
+def followed(**losses):
+  """Rows of a run whose held-out losses were taken every 10 steps."""
+  rows = [dict(step=i + 1, loss=1.0, grad_norm=1.0) for i in range(40)]
+  for i in range(max(map(len, losses.values()))):
+    rows.append({'step': 10 * (i + 1), 'scores/vqa/accuracy': 9.0 ** i, **{
+        f'scores/{name}/loss': values[i] for name, values in losses.items()}})
+  return rows
+
+
+def test_collapses_are_counted_where_held_out_losses_were_followed():
+  held = metrics.stability(followed(a=[3.0, 2.0, 2.1]))
+  assert held['collapsed'] == 0.0 and 'loss_spikes_per_1000' in held
+  one_of_two = followed(a=[3.0, 2.0, 2.1], b=[3.0, 2.0, 3.0])
+  assert metrics.stability(one_of_two)['collapsed'] == 1.0
+  # One value cannot tell, also if a restart wrote it twice.
+  once = followed(a=[2.0])
+  assert 'collapsed' not in metrics.stability([*once, once[-1]])
 
 
 def test_restart_cuts_rows_after_the_restored_step(tmp_path):
