@@ -38,11 +38,11 @@ How to write an ablation in one file: copy `experiments/quickstart.py`, keep
       not_run={'eve_7b_hd': 'needs 33M web pictures; substitute: ...'})
 
 Only `title` and `metrics` are needed. The fields of a column, a claim (kinds
-'greater', 'equal', 'trend', 'interaction') and a control are described in
-`mmgen.tables.claims`, the rules of a verdict in `mmgen.tables.verdicts`. An
-'aa' control trains its row at further seeds (1000 and up). Claims, seeds,
-budget, account and exclusions are hashed when a table first runs; a claim that
-changes afterwards is marked exploratory.
+'greater', 'equal', 'trend', 'interaction', 'margin') and a control are
+described in `mmgen.tables.claims`, the rules of a verdict in
+`mmgen.tables.verdicts`. An 'aa' control trains its row at further seeds (1000
+and up). Claims, seeds, budget, account and exclusions are hashed when a table
+first runs; a claim that changes afterwards is marked exploratory.
 
 `--tune` trains every row at every peak learning rate of `tuning.grid` with the
 tuning seeds, scores it on a split that judges nothing, and prints the best

@@ -52,16 +52,21 @@ class Claim:
   """One predicate over rows.
 
   Attributes:
-    kind: 'greater' (a - b), 'equal' (a - b), 'trend' (slope over log2 x) or
-      'interaction' ((a - b) - (a0 - b0)).
-    metric: name of a column.
+    kind: 'greater' (a - b), 'equal' (a - b), 'trend' (slope over log2 x),
+      'interaction' ((a - b) - (a0 - b0)), or 'margin' (log2 of the largest x
+      up to which no row of `rows` collapsed, minus the same of `minus`).
+    metric: name of a column. Of a margin: 1 for a collapsed run, 0 for a
+      stable one, as 'stability/collapsed'; a failed run has to count as
+      collapsed (`chance` 1).
     text: the claim in one sentence.
-    d: smallest effect that matters, as a score (0.03 is 3 points). A trend
-      and an interaction may leave it at 0.
+    d: smallest effect that matters, as a score (0.03 is 3 points); of a margin
+      in doublings of x. A trend and an interaction may leave it at 0.
     a, b, a0, b0: rows.
-    rows: of a trend, at least four.
-    minus: of a trend of gaps: rows subtracted from `rows`, one each.
-    x: of a trend: what the rows vary, one positive number each.
+    rows: of a trend, at least four; of a margin, at least five.
+    minus: rows to compare with `rows`, one each; a trend has some if it is one
+      of gaps, a margin always.
+    x: of a trend: what the rows vary, one positive number each. Of a margin
+      each is twice the one before.
     direction: of a trend: 'up' or 'down'.
     expected: whether the source expects the predicate to hold; None is open.
     published: figures of the source in its own units, for a claim whose rows
@@ -85,7 +90,7 @@ class Claim:
   @property
   def roles(self) -> dict[str, tuple[str, ...]]:
     """Fields that name rows, with the rows they name."""
-    if self.kind == 'trend':
+    if self.kind in ('trend', 'margin'):
       return {'rows': self.rows, 'minus': self.minus}
     names = ('a', 'b') if self.kind != 'interaction' else (
         'a', 'b', 'a0', 'b0')
@@ -94,6 +99,13 @@ class Claim:
   @property
   def all_rows(self) -> tuple[str, ...]:
     return sum(self.roles.values(), ())
+
+  @property
+  def pairs(self) -> list[tuple[str, str]]:
+    """Rows that are held against each other, at the same account."""
+    by_role = list(self.roles.values())
+    return [pair for i in range(0, len(by_role), 2)
+            for pair in zip(*by_role[i:i + 2])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +231,7 @@ def parse(raw: Mapping, rows: Sequence[str]) -> Table:
                            'a rate may not be chosen on the seeds that judge.')
   if table.tuning:
     _one_of(table.tuning.metric, tuple(metrics), 'TABLE.tuning.metric')
-    _check_grid(table.tuning.grid)
+    _check_grid(table.tuning.grid, 'TABLE.tuning.grid')
   for name, claim in table.claims.items():
     _check_claim(claim, known, metrics, f'TABLE.claims[{name!r}]')
   for name, control in table.controls.items():
@@ -242,14 +254,14 @@ def _check_seeds(seeds, fewest: int, where: str):
         f'{OTHER_SEEDS - 1} (later ones serve A/A controls).')
 
 
-def _check_grid(grid):
+def _check_grid(grid, where: str):
   if not isinstance(grid, tuple) or len(grid) < FEWEST_RATES or (
       min(grid) <= 0) or not all(
       math.isclose(high, 2 * low, rel_tol=1e-6)
       for low, high in zip(grid, grid[1:])):
     raise errors.UserError(
-        f'TABLE.tuning.grid is {grid}; give {FEWEST_RATES} or more positive '
-        'rates, each twice the one before, such as '
+        f'{where} is {grid}; give {FEWEST_RATES} or more positive '
+        'values, each twice the one before, such as '
         '(5e-4, 1e-3, 2e-3, 4e-3, 8e-3).')
 
 
@@ -260,9 +272,14 @@ def _check_claim(claim: Claim, known, metrics, where: str):
   for role, names in claim.roles.items():
     for name in names:
       _one_of(name, known, f'{where}.{role}')
-  if claim.d < 0 or (claim.d == 0 and claim.kind in ('greater', 'equal')):
+  if claim.d < 0 or (
+      claim.d == 0 and claim.kind in ('greater', 'equal', 'margin')):
+    example = ('1 for a factor of 2' if claim.kind == 'margin'
+               else '0.03 for 3 points')
     raise errors.UserError(f'{where}.d is {claim.d}; give the smallest effect '
-                           'that matters, such as 0.03 for 3 points.')
+                           f'that matters, such as {example}.')
+  if claim.kind == 'margin':
+    _check_margin(claim, metrics[claim.metric], where)
   if claim.kind == 'trend':
     fewest = verdicts.FEWEST_TREND_VALUES
     if len(claim.rows) < fewest or len(claim.x) != len(claim.rows) or (
@@ -271,6 +288,24 @@ def _check_claim(claim: Claim, known, metrics, where: str):
           f'{where}: a trend takes at least {fewest} rows, one positive x for '
           f'each, and one row of minus for each or none; found '
           f'{len(claim.rows)} rows, x={claim.x}, {len(claim.minus)} in minus.')
+
+
+def _check_margin(claim: Claim, column: Column, where: str):
+  _check_grid(claim.x, f'{where}.x')
+  if not len(claim.rows) == len(claim.minus) == len(claim.x):
+    raise errors.UserError(
+        f'{where}: a margin takes one row and one row of minus for each x; '
+        f'found {len(claim.rows)} rows and {len(claim.minus)} in minus for '
+        f'{len(claim.x)} values of x.')
+  if column.chance != 1 or column.unit != 'raw':
+    raise errors.UserError(
+        f"{where}.metric is {claim.metric!r}, whose unit is {column.unit!r} "
+        f"and chance {column.chance}; a margin needs unit='raw' and chance=1, "
+        'so that a failed run counts as collapsed.')
+  if claim.published is not None:
+    raise errors.UserError(
+        f'{where}.published: a margin has no figures of its own to hold '
+        'against a source; leave it out.')
 
 
 # ---------------------------------------------------------------------------

@@ -73,12 +73,11 @@ def scores(column: claims.Column, outcomes: Sequence[Outcome]):
   """Returns {row: {seed: score}}; a failed run scores at chance.
 
   A failed run without a known chance level is left out: nothing else of its
-  column has run.
+  column has run. So is a finished run that does not take this score.
   """
   chance, table = chance_level(column, outcomes), {}
   for o in outcomes:
-    value = score_of(o, column.score)
-    value = chance if value is None else value
+    value = score_of(o, column.score) if o.result else chance
     if value is not None:
       table.setdefault(o.row, {})[o.seed] = value
   return table
@@ -90,6 +89,10 @@ def _reduce(claim: claims.Claim, values: Mapping) -> np.ndarray:
     gaps = values['rows'] - (values['minus'] if claim.minus else 0)
     sign = 1 if claim.direction == 'up' else -1
     return sign * verdicts.slope(gaps, claim.x)
+  if claim.kind == 'margin':
+    rows, minus = (verdicts.stable_octaves(values[role], claim.x)
+                   for role in ('rows', 'minus'))
+    return rows - minus
   first = values['a'][0] - values['b'][0]
   if claim.kind != 'interaction':
     return first
@@ -115,6 +118,28 @@ def on_published_figures(claim: claims.Claim, table: claims.Table) -> str:
   return 'holds' if held else 'fails'
 
 
+def off_the_grid(claim: claims.Claim, values: Mapping) -> list[str]:
+  """Says at how many seeds a margin cannot tell its two kinds of rows apart.
+
+  Where only one of them is stable (or collapses) at every value, the margin is
+  at least what was found, and keeps its sign.
+
+  Args:
+    claim: of kind 'margin'.
+    values: {role: [rows, seeds]}.
+  """
+  stable_2RS = [np.asarray(values[role]) < 0.5 for role in claim.roles]
+  flags = []
+  for end, what, off_2S in (
+      ('highest', 'are stable at every x', [s.all(axis=0) for s in stable_2RS]),
+      ('lowest', 'collapse at the lowest x', [~s[0] for s in stable_2RS])):
+    both_S = np.logical_and(*off_2S)
+    if both_S.any():
+      flags.append(f'both sides {what} at {both_S.sum()} of {len(both_S)} '
+                   f'seeds: the grid has to go on beyond its {end} value')
+  return flags
+
+
 def preconditions(
     claim: claims.Claim, table: claims.Table, outcomes) -> list[str]:
   """Names what keeps a claim from being measurable; empty if nothing does.
@@ -123,8 +148,8 @@ def preconditions(
   side only, for a model misled by a wrong picture may well score below a blind
   guess, and that is no leak of the answer. At least 2,000 examples; the best
   row between 3 times chance and 90 % of the ceiling; the training loss falling
-  by less than 1 % over the last tenth. Points, chance and ceiling are asked of
-  columns in percent only.
+  by less than 1 % over the last tenth, except of a margin, whose runs need not
+  converge. Points, chance and ceiling are asked of columns in percent only.
   """
   column = table.metrics[claim.metric]
   here = [o for o in outcomes if o.row in claim.all_rows and o.result]
@@ -137,7 +162,8 @@ def preconditions(
     falls = [o.loss_fall for o in here
              if o.row == row and o.loss_fall is not None]
     e = verdicts.estimate(falls)
-    if e.n and (e.mean if e.low is None else e.low) > FLAT_LOSS:
+    if claim.kind != 'margin' and e.n and (
+        e.mean if e.low is None else e.low) > FLAT_LOSS:
       flags.append(f'the loss of {row} still falls by {e.mean:.1%} over the '
                    'last tenth')
   chance = chance_level(column, here)
@@ -165,10 +191,12 @@ def preconditions(
 def _judge_claim(name, claim, table, outcomes, frozen, scale) -> dict:
   by_row = scores(table.metrics[claim.metric], outcomes)
   seeds = verdicts.common_seeds([by_row.get(r, {}) for r in claim.all_rows])
-  differences = _reduce(claim, {
-      role: np.array([[by_row[row][s] for s in seeds] for row in names])
-      for role, names in claim.roles.items()}) if seeds else []
+  values = {role: np.array([[by_row[row][s] for s in seeds] for row in names])
+            for role, names in claim.roles.items()} if seeds else {}
+  differences = _reduce(claim, values) if seeds else []
   flags = preconditions(claim, table, outcomes)
+  if claim.kind == 'margin' and seeds:
+    flags += off_the_grid(claim, values)
   verdict = verdicts.decide(claim.kind, differences, claim.d, flags)
   notes = [f'{row} is not run: {table.not_run[row]}'
            for row in claim.all_rows if row in table.not_run]
@@ -241,22 +269,33 @@ def _row(row: str, table: claims.Table, outcomes) -> dict:
              for name in table.metrics})
 
 
+def _apart(amounts: Mapping[str, float], rows: Sequence[str]) -> bool:
+  held = [amounts[row] for row in rows]
+  return bool(held) and min(held) < (1 - ACCOUNT_TOLERANCE) * max(held)
+
+
 def _warnings(table: claims.Table, rows, results, revisions) -> list[str]:
   """What makes the rows of a table less comparable than they look."""
   found = []
   amounts = {row['name']: row['own'][table.account] for row in rows
              if row['own'][table.account] is not None}
-  if amounts and min(amounts.values()) < (
-      1 - ACCOUNT_TOLERANCE) * max(amounts.values()):
+  pairs = [pair for claim in table.claims.values() for pair in claim.pairs]
+  pairs += [(c.row, c.than) for c in table.controls.values() if c.than]
+  unequal = {row for pair in pairs or [tuple(amounts)]
+             if amounts.keys() >= set(pair) and _apart(amounts, pair)
+             for row in pair}
+  if unequal:
     found.append(f'rows differ in {table.account}, the account that the table '
                  'declares as matched (warm starts apart): ' + ', '.join(
-                     f'{row} {amount:,.0f}' for row, amount in amounts.items()))
+                     f'{row} {amount:,.0f}' for row, amount in amounts.items()
+                     if row in unequal))
   if len(revisions) > 1:
     found.append('runs of different git revisions are mixed: '
                  + ', '.join(revisions))
   for name, column in table.metrics.items():
     evaluator = column.score.split('/')[0]
-    prints = {r['fingerprints'].get(evaluator) for r in results}
+    prints = {r['fingerprints'].get(evaluator) for r in results
+              if column.score in r['scores']}
     if len(prints) > 1:
       found.append(f'column {name!r} mixes figures that were evaluated in '
                    'different ways (fingerprints differ): do not compare them')

@@ -1,8 +1,9 @@
 """Statistics of verdicts: arrays of paired differences in, words out.
 
 A claim compares rows of a table that share their seeds. Each seed gives one
-number: a difference of two rows, a slope over several rows, or a difference
-of two differences. This module reduces rows to that number, puts a t interval
+number: a difference of two rows, a slope over several rows, a difference of
+two differences, or by how many doublings one kind of row stays stable above
+another. This module reduces rows to that number, puts a t interval
 around its mean, and finds the word for it. It knows no files and no rows.
 
 A small run shows that a mechanism works, fails or reverses in a controlled
@@ -28,7 +29,8 @@ POWER = 0.8
 FEWEST_SEEDS = 5  # below it there is no verdict
 # Below it a verdict is provisional. Eight pairs find an effect of one paired
 # standard deviation with power 0.81; to show equality takes more.
-SETTLED_SEEDS = {'greater': 8, 'trend': 8, 'interaction': 8, 'equal': 10}
+SETTLED_SEEDS = {'greater': 8, 'trend': 8, 'interaction': 8, 'margin': 8,
+                 'equal': 10}
 FEWEST_TREND_VALUES = 4
 
 REPRODUCED = 'reproduced'
@@ -112,6 +114,25 @@ def slope(scores_RS, x_R) -> np.ndarray:
   octaves_R = np.log2(np.asarray(x_R, np.float64))
   octaves_R = octaves_R - octaves_R.mean()
   return octaves_R @ np.asarray(scores_RS, np.float64) / (octaves_R**2).sum()
+
+
+def stable_octaves(collapsed_RS, x_R) -> np.ndarray:
+  """Log2 of the highest x up to which no run collapsed, for each seed.
+
+  A run that holds above a value that collapsed does not count. If the lowest
+  value collapsed already, the result is one octave below it.
+
+  Args:
+    collapsed_RS: 1 for a collapsed run, 0 for a stable one, by x and seed.
+    x_R: what the rows vary (such as the learning rate), each value twice the
+      one before.
+
+  Returns:
+    f64[S].
+  """
+  stable_RS = np.asarray(collapsed_RS, np.float64) < 0.5
+  held_S = np.cumprod(stable_RS, axis=0).sum(axis=0)
+  return math.log2(x_R[0]) - 1 + held_S
 
 
 # ---------------------------------------------------------------------------
@@ -205,14 +226,14 @@ def _word_equal(e: Estimate, d: float) -> str:
 def decide(kind: str, differences, d: float, flags=()) -> Verdict:
   """Finds the word for a claim.
 
-  greater, trend, interaction: *reproduced* if the lower one-sided 95 % bound
-  is above 0 and the mean is at least d; *reversed* if the upper bound is below
-  0; *absent* if the 90 % interval lies inside (-d, d). equal: *reproduced* if
-  the 90 % interval lies inside (-d, d), *reversed* if it lies outside. Else
-  *undecided*. "Not significant" is never "equal".
+  greater, trend, interaction, margin: *reproduced* if the lower one-sided 95 %
+  bound is above 0 and the mean is at least d; *reversed* if the upper bound is
+  below 0; *absent* if the 90 % interval lies inside (-d, d). equal:
+  *reproduced* if the 90 % interval lies inside (-d, d), *reversed* if it lies
+  outside. Else *undecided*. "Not significant" is never "equal".
 
   Args:
-    kind: 'greater', 'equal', 'trend' or 'interaction'.
+    kind: one of `SETTLED_SEEDS`.
     differences: one number per seed; what the claim says is that it is
       positive (for 'equal', that it is near 0).
     d: smallest effect that matters, in units of `differences`; 0 asks of a

@@ -79,6 +79,47 @@ def test_a_claim_that_cannot_be_evaluated_is_refused(fields, message):
     with_claim(**fields)
 
 
+GRID = ('clip', 's', 'clip', 's', 'clip')
+MARGIN = dict(kind='margin', rows=GRID, minus=GRID[::-1], x=(1, 2, 4, 8, 16),
+              d=1.0, metric='collapsed', text='Holds longer.')
+COLLAPSED = dict(score='stability/collapsed', unit='raw', chance=1.0)
+
+
+def with_margin(column=None, **fields):
+  return changed(metrics={'collapsed': {**COLLAPSED, **(column or {})}},
+                 controls={}, claims={'m': {**MARGIN, **fields}})
+
+
+def test_a_margin_is_declared():
+  claim = with_margin().claims['m']
+  assert claim.roles == {'rows': GRID, 'minus': GRID[::-1]}
+  assert claim.pairs[:2] == [('clip', 'clip'), ('s', 's')]
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(x=(1, 2, 4, 8, 15)), r'\.x is .* each twice the one before'),
+    (dict(rows=GRID[:4], minus=GRID[:4], x=(1, 2, 4, 8)), '5 or more'),
+    (dict(minus=()), '5 rows and 0 in minus for 5'),
+    (dict(rows=GRID[:4]), '4 rows and 5 in minus for 5'),
+    (dict(d=0.0), 'such as 1 for a factor of 2'),
+    (dict(column=dict(chance=None)), 'chance None; a margin needs'),
+    (dict(column=dict(unit='percent')), "unit is 'percent'"),
+    (dict(published=(1, 2)), 'published'),
+])
+def test_a_margin_that_cannot_be_evaluated_is_refused(fields, message):
+  with pytest.raises(errors.UserError, match=message):
+    with_margin(**fields)
+
+
+def test_rows_that_a_claim_compares():
+  four = dict(zip(('a', 'b', 'a0', 'b0'), ROWS))
+  assert with_claim(kind='interaction', **four).claims['gap'].pairs == [
+      ('clip', 'patches'), ('broken', 's')]
+  assert changed().claims['gap'].pairs == [('clip', 'patches')]
+  trend = dict(kind='trend', rows=ROWS, x=(1, 2, 4, 8))
+  assert with_claim(**trend).claims['gap'].pairs == []
+
+
 def test_a_tuning_is_declared():
   assert changed(**TUNED).tuning == claims.Tuning(
       (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 'vqa', 'validation', None)

@@ -161,6 +161,58 @@ def test_an_interaction_is_a_difference_of_differences():
   assert claim(found, table=table)['differences'] == [pytest.approx(0.15)]
 
 
+X = (1, 2, 4, 8, 16)
+
+
+def grids(held_a, held_b, seeds=EIGHT):
+  """Judges rows a0..a4 against b0..b4, stable up to so many values of x."""
+  rows = {arm: [f'{arm}{i}' for i in range(5)] for arm in 'ab'}
+  table = claims.parse(
+      dict(title='t', seeds=tuple(EIGHT), metrics={'collapsed': dict(
+          score='stability/collapsed', unit='raw', chance=1.0)},
+           claims={'m': dict(kind='margin', metric='collapsed', d=1.0,
+                             text='a holds longer.', rows=rows['a'],
+                             minus=rows['b'], x=X)}),
+      [*rows['a'], *rows['b']])
+  found = []
+  for arm, held in (('a', held_a), ('b', held_b)):
+    for i, row in enumerate(rows[arm]):
+      for seed in seeds:
+        if i < held:
+          value = {'stability/collapsed': 0.0}
+        else:  # every other run that broke came to its end
+          value = {'stability/collapsed': 1.0} if seed % 2 else None
+        result = value and dict(scores=value, device='cpu', fingerprints={})
+        found.append(summary.Outcome(row, seed, result, loss_fall=0.5))
+  return claim(found, table=table)
+
+
+def test_a_margin_counts_diverged_runs_as_collapsed():
+  said = grids(4, 2)
+  assert said['differences'] == [2.0] * 8 and said['flags'] == []
+  # One rate of a and three of b, of eight seeds every other.
+  assert said['notes'] == ['failed runs counted at chance: 16']
+  assert said['verdict'] == 'reproduced at mini scale'
+  assert said['published'] == 'not published'
+  assert grids(2, 4)['verdict'] == 'reversed at mini scale'
+  assert grids(3, 3)['verdict'] == 'absent at mini scale'
+
+
+@pytest.mark.parametrize('held, differences, flag', [
+    ((5, 5), 0, 'both sides are stable at every x at 8 of 8 seeds: the grid '
+     'has to go on beyond its highest value'),
+    ((0, 0), 0, 'both sides collapse at the lowest x at 8 of 8 seeds: the '
+     'grid has to go on beyond its lowest value'),
+    ((5, 3), 2, None),  # at least that
+    ((3, 0), 3, None),
+])
+def test_a_margin_off_the_grid_is_not_measurable(held, differences, flag):
+  said = grids(*held)
+  assert said['differences'] == [differences] * 8
+  assert said['flags'] == ([f'precondition not met: {flag}'] if flag else [])
+  assert said['verdict'].startswith('not measurable') == bool(flag)
+
+
 def test_p_values_of_a_table_are_adjusted_together():
   table = declared()
   table.claims['less'] = claims.Claim('greater', 'vqa', 'A little.', 0.01,
@@ -216,6 +268,30 @@ def test_warnings():
       "column 'vqa' mixes figures that were evaluated in different ways "
       '(fingerprints differ)']
   assert say([*CLIP, *PATCHES])['warnings'] == []
+
+
+def test_only_rows_that_are_compared_need_equal_accounts():
+  apart = [*CLIP, *PATCHES, *outcomes('s0', 0.4, own={'samples': 50})]
+  summarised = lambda table: summary.summarise(
+      'e', table, ['clip', 'patches', 's0'], apart, {}, 'mini')['warnings']
+  assert summarised(declared()) == []
+  control = dict(c=dict(kind='worse', row='s0', than='clip'))
+  warned, = summarised(declared(controls=control))
+  assert warned.endswith('clip 100, s0 50')
+  # A table without claims is read by eye, all rows against each other.
+  warned, = summarised(claims.parse(
+      dict(title='t', metrics={'vqa': 'vqa/accuracy'}),
+      ('clip', 'patches', 's0')))
+  assert warned.endswith('clip 100, patches 100, s0 50')
+
+
+def test_a_row_without_a_score_has_no_cell_and_is_not_at_chance():
+  other = dict(scores={'loss/loss': 2.0}, fingerprints={})
+  said = say([*CLIP, *outcomes('patches', 0.4, result=other)])
+  assert said['rows'][1]['cells']['vqa']['n'] == 0
+  assert said['rows'][0]['cells']['vqa']['n'] == 8
+  assert said['warnings'] == []
+  assert claim([*CLIP, *outcomes('patches', 0.4, result=other)])['n'] == 0
 
 
 def test_warm_starts_do_not_unmatch_an_account():

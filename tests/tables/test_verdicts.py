@@ -79,6 +79,31 @@ def test_slope_per_doubling_by_hand():
       verdicts.slope(scores_RS, (1, 2, 4, 8)), [1.4, 2.0])
 
 
+def test_the_largest_stable_value_by_hand():
+  # By columns: all hold; 4 collapses; 2 collapses, and 8 does not count;
+  # 1 collapses: an octave below it.
+  collapsed_RS = [[0, 0, 0, 1],
+                  [0, 0, 1, 0],
+                  [0, 1, 0, 0],
+                  [0, 1, 0, 0]]
+  np.testing.assert_array_equal(
+      verdicts.stable_octaves(collapsed_RS, (1, 2, 4, 8)), [3, 1, 0, -1])
+  np.testing.assert_allclose(
+      verdicts.stable_octaves(collapsed_RS, (1e-3, 2e-3, 4e-3, 8e-3)),
+      math.log2(1e-3) + np.array([3, 1, 0, -1]))
+
+
+@pytest.mark.parametrize('octaves, word', [
+    ([1] * 8, 'reproduced'),            # a factor of 2 at every seed
+    ([2] * 4 + [0] * 4, 'reproduced'),  # mean 1, low 1 - 1.8946 x 1.069 / 2.83
+    ([1] * 6 + [0] * 2, 'undecided'),   # mean 0.75: above 0, below d
+    ([0] * 8, 'absent'),
+    ([-1] * 8, 'reversed'),
+])
+def test_a_margin_of_a_factor_of_two(octaves, word):
+  assert verdicts.decide('margin', octaves, 1.0).word == word
+
+
 def test_common_seeds():
   assert verdicts.common_seeds([{2: 0.1, 0: 0.2}, {0: 1.0, 1: 1.0, 2: 3.0}]
                                ) == [0, 2]
