@@ -7,7 +7,6 @@ released scripts; where the two differ, the scripts: alignment is one minus the
 cosine, and stage 1 runs at 4e-4.
 """
 
-
 from experiments import warm_starts
 
 # A frozen teacher never trains; its parameters come from `init.teacher`.
@@ -117,14 +116,60 @@ STAGES = {
 }
 
 
-def aligned(stages=('prealign', 'pretrain', 'sft')):
-  """Returns the fields of a row that is aligned to the teacher."""
+_CONDITIONS = ('mini', 'paper', *STAGES)
+
+
+def merged(*layers):
+  """Joins the fields of rows or stages; of two values the later one counts."""
+  found = {}
+  for fields in layers:
+    for name, value in fields.items():
+      found[name] = (merged(found.get(name, {}), value)
+                     if name in _CONDITIONS else value)
+  return found
+
+
+def aligned(stages=tuple(STAGES), trained=True, **options):
+  """Returns the fields of a row that is aligned to a teacher.
+
+  Args:
+    stages: of the row; the teacher of the first one serves all.
+    trained: False leaves the teacher as it is initialised.
+    **options: further fields of the objective.
+  """
   row = {}
   for stage in stages:
-    row[stage] = {
-        'optimizer.groups.teacher': FREEZE_TEACHER,
-        'mini': {'objective': ALIGNED['mini']},
-        'paper': {'objective': ALIGNED['paper']}}
-  row[stages[0]]['mini']['init.teacher'] = TEACHER['mini']
-  row[stages[0]]['paper']['init.teacher'] = TEACHER['paper']
+    row[stage] = {'optimizer.groups.teacher': FREEZE_TEACHER} | {
+        scale: {'objective': ALIGNED[scale] | options} for scale in ALIGNED}
+  if trained:
+    for scale, origin in TEACHER.items():
+      row[stages[0]][scale]['init.teacher'] = origin
   return row
+
+
+# Stages of table 4's 0.5M rows: LLaVA's 558K captioned pictures in the first
+# two, 512 a step, and the warm-up ratios of the full recipe.
+HALF_MILLION = merged(STAGES, {
+    stage: {'paper': {
+        'steps': 1090, 'mix': _web('web/llava-pretrain-558k', 'caption', 32),
+        'optimizer.warmup': warmup}}
+    for stage, warmup in (('prealign', 33), ('pretrain', 11))})
+
+# Linear patches in place of EVE's layer, as Fuyu-8B.
+PATCHES = {
+    'model.vision': VISION['mini']['patches'],
+    'model.connector': dict(name='identity'),
+    'paper': {'model.vision': VISION['paper']['patches']},
+}
+
+# A control: every text with another scene's picture.
+SHUFFLED = {
+    'mini': {'mix.captions.shuffle_pairs': True},
+    'sft': {'mini': {'mix.questions.shuffle_pairs': True}},
+    'paper': {'mix.captions.shuffle_pairs': True},
+}
+
+METRICS = {'name in caption': 'caption/name_recall',
+           'object named': 'vqa/what',
+           'all questions': 'vqa/accuracy',
+           'caption': 'caption/exact'}

@@ -27,31 +27,18 @@ _CLIP = {
 } | {stage: {'optimizer.groups.vision': eve.FREEZE_VISION}
      for stage in eve.STAGES}
 
-_PATCHES = {
-    'model.vision': eve.VISION['mini']['patches'],
-    'model.connector': dict(name='identity'),
-    'paper': {'model.vision': eve.VISION['paper']['patches']},
-}
-
 ROWS = {
     'clip': _CLIP,
-    'patches': _PATCHES,
+    'patches': eve.PATCHES,
     'eve': {},
     'eve_aligned': eve.aligned(),
-    # A control: every text with another scene's picture.
-    'eve_shuffled': {
-        'mini': {'mix.captions.shuffle_pairs': True},
-        'sft': {'mini': {'mix.questions.shuffle_pairs': True}},
-        'paper': {'mix.captions.shuffle_pairs': True}},
+    'eve_shuffled': eve.SHUFFLED,
 }
 
 TABLE = dict(
     title='An encoder against patches under one decoder',
     source='arXiv:2406.11832v2, Table 3 (VQAv2)',
-    metrics={'name in caption': 'caption/name_recall',
-             'object named': 'vqa/what',
-             'all questions': 'vqa/accuracy',
-             'caption': 'caption/exact'},
+    metrics=eve.METRICS,
     claims=dict(
         encoder_ahead=dict(
             kind='greater', a='clip', b='eve_aligned',
