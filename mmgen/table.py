@@ -66,6 +66,7 @@ from etils import epath
 import numpy as np
 import rich.console
 
+from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
 from mmgen.tables import claims
@@ -129,9 +130,9 @@ def outcome(
   if key in failed:
     return summary.Outcome(row, seed, None, failed[key].why)
   run, chain = runs[key], run_graph.ancestors(key, runs)
-  here = config_lib.parse(run.address).experiment
+  here = addresses.parse(run.address).experiment
   own = [k for k in chain
-         if config_lib.parse(runs[k].address).experiment == here]
+         if addresses.parse(runs[k].address).experiment == here]
   finished = (run.folder / 'result.json').stat().mtime
   return summary.Outcome(
       row, seed, run.result, account=_account(chain, runs),
@@ -155,14 +156,14 @@ def freeze(path, table: claims.Table) -> dict[str, str]:
 
 def declared(name: str) -> claims.Table:
   """Returns the checked table of an experiment."""
-  module = config_lib.experiment(name)
+  module = addresses.experiment(name)
   if not hasattr(module, 'TABLE'):
     raise errors.UserError(f'experiment {name!r} declares no TABLE.')
-  return claims.parse(module.TABLE, config_lib.rows(name))
+  return claims.parse(module.TABLE, addresses.rows(name))
 
 
 def _selected_rows(text: str | None, name: str, table: claims.Table):
-  rows = [row for row in config_lib.rows(name) if row not in table.not_run]
+  rows = [row for row in addresses.rows(name) if row not in table.not_run]
   for row in text.split(',') if text else ():
     if row not in rows:
       raise errors.UserError(
@@ -193,14 +194,14 @@ def targets_of(name: str, rows, seeds, table: claims.Table):
              if control.kind == 'aa' and control.row in rows
              for seed in seeds]
   return {(row, seed): run_graph.Target(
-      config_lib.stages(f'{name}:{row}')[-1], seed) for row, seed in wanted}
+      addresses.stages(f'{name}:{row}')[-1], seed) for row, seed in wanted}
 
 
 def _list():
-  for name in config_lib.experiment_names():
-    if hasattr(config_lib.experiment(name), 'TABLE'):
+  for name in addresses.experiment_names():
+    if hasattr(addresses.experiment(name), 'TABLE'):
       table = declared(name)
-      print(f'{name}: {table.title}\n  rows {", ".join(config_lib.rows(name))}'
+      print(f'{name}: {table.title}\n  rows {", ".join(addresses.rows(name))}'
             f'; {len(table.seeds)} seeds, {len(table.claims)} claims')
 
 

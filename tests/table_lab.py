@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from mmgen import addresses
 from mmgen import config
 from mmgen import table
 from mmgen.tables import run_graph
@@ -94,7 +95,7 @@ class Lab:
                         raising=False)
 
   def launch(self, run, workdir, data_dir):
-    row = config.parse(run.address).row
+    row = addresses.parse(run.address).row
     self.started.append((row, run.seed))
     self.configs.append(run.config)
     if (row, run.seed) in self.crash:
@@ -116,7 +117,7 @@ class Lab:
       assert old in text
       text = text.replace(old, new)
     self.path.write_text(text)
-    config.experiment.cache_clear()
+    addresses.experiment.cache_clear()
 
   def run(self, *arguments):
     with pytest.raises(SystemExit) as ended:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
 
@@ -117,7 +118,7 @@ def test_stages_chain(path):
   assert config_lib.parents(c) == {'all': (f'{path}:plain:first', 5)}
   first = config_lib.load(f'{path}:plain:first')
   assert config_lib.parents(first) == {}
-  assert config_lib.stages(f'{path}:plain') == [
+  assert addresses.stages(f'{path}:plain') == [
       f'{path}:plain:first', f'{path}:plain:second']
 
 
@@ -141,7 +142,7 @@ def test_key_follows_what_decides_numbers(path, monkeypatch):
   # A change in a parent reaches the child.
   before = key()
   monkeypatch.setitem(
-      config_lib.experiment(path).STAGES['first'], 'steps', 11)
+      addresses.experiment(path).STAGES['first'], 'steps', 11)
   assert key() != before
   before = key()
   monkeypatch.setattr(config_lib, 'RESULT_VERSION', 10**6)

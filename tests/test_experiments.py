@@ -9,6 +9,7 @@ import pytest
 from experiments.eve import alignment
 from experiments.eve import base as eve
 from experiments.eve import stage1
+from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import table as table_lib
 from mmgen import train as train_lib
@@ -20,8 +21,8 @@ from mmgen.training import metrics
 from mmgen.training import optimizer
 from mmgen.training import step as step_lib
 
-TABLES = [name for name in config_lib.experiment_names()
-          if hasattr(config_lib.experiment(name), 'TABLE')]
+TABLES = [name for name in addresses.experiment_names()
+          if hasattr(addresses.experiment(name), 'TABLE')]
 HOLDS, FAILS, OPEN = 'holds', 'fails', 'not published'
 
 
@@ -82,7 +83,7 @@ def test_tables_share_their_runs(key):
 
 def total_steps(row, scale):
   return sum(config_lib.load(f'eve/stage1:{row}:{stage}', scale).steps
-             for stage in config_lib.stage_names('eve/stage1', row))
+             for stage in addresses.stage_names('eve/stage1', row))
 
 
 @pytest.mark.parametrize('scale, total', [

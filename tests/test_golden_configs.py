@@ -12,6 +12,7 @@ import pathlib
 
 import pytest
 
+from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
 
@@ -19,10 +20,10 @@ FOLDER = pathlib.Path(__file__).parent / 'golden' / 'configs'
 
 
 def _tables():
-  for name in config_lib.experiment_names():
+  for name in addresses.experiment_names():
     for scale in config_lib.SCALES:
       try:
-        config_lib.experiment(name).base(scale)
+        addresses.experiment(name).base(scale)
       except errors.UserError:
         continue  # it says that it has no such scale
       yield name, scale
@@ -30,8 +31,8 @@ def _tables():
 
 def _text(name, scale):
   first, sections = None, []
-  for row in config_lib.rows(name):
-    for stage in config_lib.stage_names(name, row):
+  for row in addresses.rows(name):
+    for stage in addresses.stage_names(name, row):
       flat = config_lib.flatten(config_lib.load(f'{name}:{row}:{stage}', scale))
       first = first or flat
       lines = [f'{k} = {json.dumps(v)}' for k, v in flat.items()

@@ -5,7 +5,7 @@ import json
 import pytest
 import table_lab
 
-from mmgen import config
+from mmgen import addresses
 from mmgen import errors
 from mmgen import table
 from mmgen.tables import claims
@@ -14,7 +14,7 @@ from mmgen.tables import run_graph
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
-  config.experiment.cache_clear()
+  addresses.experiment.cache_clear()
   return table_lab.Lab(tmp_path, monkeypatch)
 
 
@@ -108,7 +108,7 @@ def test_a_claim_that_changes_afterwards_is_exploratory(lab):
   lab.run('--seeds=0')
   assert lab.said['claims'][0]['notes'] == []
   lab.path.write_text(lab.path.read_text().replace('d=0.03', 'd=0.01'))
-  config.experiment.cache_clear()
+  addresses.experiment.cache_clear()
   lab.run('--seeds=0')
   assert 'exploratory' in lab.said['claims'][0]['notes'][0]
 

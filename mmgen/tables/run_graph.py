@@ -19,6 +19,7 @@ from typing import NamedTuple
 from etils import epath
 import numpy as np
 
+from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
 
@@ -118,7 +119,7 @@ def plan(targets, scale: str, workdir, data_dir):
   runs, keys, open_ = {}, {}, []
 
   def visit(address, seed, overrides=()):
-    target = Target(str(config_lib.parse(address)), seed, overrides)
+    target = Target(str(addresses.parse(address)), seed, overrides)
     if target in open_:
       raise errors.UserError(
           'runs start from each other: '

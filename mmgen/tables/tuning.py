@@ -20,6 +20,7 @@ import json
 
 import numpy as np
 
+from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
 from mmgen.tables import claims
@@ -39,7 +40,7 @@ Trial = tuple[str, float, int]
 def _address(name: str, row: str, table: claims.Table) -> str:
   """Returns the address of the stage whose rate is tuned."""
   stage = f':{table.tuning.stage}' if table.tuning.stage else ''
-  return str(config_lib.parse(f'{name}:{row}{stage}'))
+  return str(addresses.parse(f'{name}:{row}{stage}'))
 
 
 def _overlap(one: tuple[str, str], other: tuple[str, str]) -> bool:
@@ -242,8 +243,8 @@ def lines(tuned: dict, table: claims.Table) -> list[str]:
     if chosen is None:
       continue
     text = f"'{scale}': {{'{FIELD}': {chosen!r}}}"
-    stage = config_lib.parse(_address(name, row, table)).stage
-    if len(config_lib.stage_names(name, row)) > 1:
+    stage = addresses.parse(_address(name, row, table)).stage
+    if len(addresses.stage_names(name, row)) > 1:
       text = f'{stage!r}: {{{text}}}'
     there = _rate(name, row, scale, table) == chosen
     found.append(f'  {row!r}: {{..., {text}}},'

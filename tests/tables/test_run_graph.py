@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from mmgen import addresses
 from mmgen import config
 from mmgen import errors
 from mmgen.tables import run_graph
@@ -38,12 +39,12 @@ def toy(tmp_path, monkeypatch):
 
 def planned(toy, tmp_path, targets):
   return run_graph.plan(
-      [(config.stages(f'{toy}:{row}')[-1], seed) for row, seed in targets],
+      [(addresses.stages(f'{toy}:{row}')[-1], seed) for row, seed in targets],
       'mini', tmp_path / 'runs', tmp_path)
 
 
 def short(run):
-  parsed = config.parse(run.address)
+  parsed = addresses.parse(run.address)
   return f'{parsed.row}.{parsed.stage}.{run.seed}'
 
 

@@ -5,14 +5,14 @@ import json
 import pytest
 import table_lab
 
-from mmgen import config
+from mmgen import addresses
 from mmgen import errors
 from mmgen import table
 
 
 @pytest.fixture
 def tuned_lab(tmp_path, monkeypatch):
-  config.experiment.cache_clear()
+  addresses.experiment.cache_clear()
   lab = table_lab.Lab(tmp_path, monkeypatch)
   lab.write(('    not_run=', f'{table_lab.TUNING}not_run='))
   lab.diverging = [('clip', 100, 4e-3)]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mmgen import addresses
 from mmgen import config
 from mmgen import errors
 from mmgen import evaluators
@@ -111,7 +112,7 @@ def staged(tmp_path, monkeypatch):
                       raising=False)
 
   def write(line=''):
-    config.experiment.cache_clear()
+    addresses.experiment.cache_clear()
     path = tmp_path / 'staged.py'
     path.write_text(STAGED.replace('LINE', line))
     return str(path)
