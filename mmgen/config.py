@@ -69,7 +69,8 @@ def load(address: str, scale: str = 'mini', overrides=(), seed=None):
   Args:
     address: `<experiment>:<row>[:<stage>]`.
     scale: 'mini' or 'paper'.
-    overrides: pairs (dotted field, value) or strings 'field=value'.
+    overrides: {dotted field: value}, pairs of them, or strings
+      'field=value' as on a command line.
     seed: replaces `config.seed`, when given.
 
   Returns:
@@ -101,6 +102,8 @@ def load(address: str, scale: str = 'mini', overrides=(), seed=None):
     config.init = ml_collections.ConfigDict(
         {'all': f'run:{dataclasses.replace(a, stage=before[-1])}'})
   apply(in_stage, in_stage.get(scale, {}))
+  if isinstance(overrides, dict):
+    overrides = overrides.items()
   for override in overrides:
     field, value = (override.split('=', 1) if isinstance(override, str)
                     else override)

@@ -62,6 +62,7 @@ def test_order_of_overrides(path):
   c = config_lib.load(f'{path}:late:first', overrides=['steps=5'])
   assert c.steps == 5
   assert c.optimizer.peak_lr == 4e-3
+  assert config_lib.load(f'{path}:plain', overrides={'steps': 7}).steps == 7
 
 
 def test_a_dict_replaces_what_it_names(path):

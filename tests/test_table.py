@@ -10,6 +10,7 @@ from mmgen import errors
 from mmgen import table
 from mmgen.tables import claims
 from mmgen.tables import run_graph
+from mmgen.tables import text_table
 
 
 @pytest.fixture
@@ -54,6 +55,9 @@ def test_a_second_call_runs_nothing(lab, capsys):
 def test_one_seed_is_no_verdict(lab):
   assert lab.run('--seeds=3') == 0
   assert lab.said['claims'][0]['verdict'] == 'one seed: no verdict'
+  assert text_table.about_scores(lab.said).startswith('One seed: ')
+  assert lab.run('--seeds=3,4') == 0
+  assert text_table.about_scores(lab.said).startswith('Mean ± ')
 
 
 def test_rows_that_were_not_asked_for_leave_claims_open(lab):

@@ -299,9 +299,7 @@ def page(said: dict, drawn: str, galleries: dict[str, str]) -> str:
   notes += said['warnings']
   sections = {
       'Scores': _main_table(said) + _tag(
-          'p', 'Mean ± standard deviation over seeds with the 90 % t interval; '
-          'below, the best blind guess and the same model with grey and with '
-          'shuffled pictures.', 'soft'),
+          'p', text_table.about_scores(said), 'soft'),
       'Claims': _claim_cards(said),
       'Controls': _controls(said) if said['controls'] else '',
       'Learning curves': drawn and _tag('section', drawn, 'card'),

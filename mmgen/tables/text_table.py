@@ -40,6 +40,17 @@ def mean_and_spread(cell: dict, column: dict) -> str:
       f'{text} ± {figure(cell["sd"], column)}')
 
 
+def about_scores(said: dict) -> str:
+  """Says in words what stands in a cell of scores."""
+  seeds = max((cell['n'] for row in said['rows']
+               for cell in row['cells'].values()), default=0)
+  spread = ('One seed: figures without a spread, and no verdict' if seeds == 1
+            else 'Mean ± standard deviation over seeds, with the 90 % t '
+            'interval')
+  return (f'{spread}; below, the best blind guess and the same model with grey '
+          'and with shuffled pictures.')
+
+
 def interval(estimate: dict, column: dict, sign: bool = False) -> str:
   """Returns '[low, high]' of the 90 % interval, or '' below two seeds."""
   if estimate['low'] is None:
@@ -227,7 +238,8 @@ def tuning(tuned: dict) -> rich.console.Group:
 
 def terminal(said: dict) -> rich.console.Group:
   """Returns what `mmgen.table` prints at the end."""
-  parts = [_scores(said), _accounts(said)]
+  parts = [_scores(said), rich.text.Text(about_scores(said), 'dim'),
+           _accounts(said)]
   if said['claims']:
     parts.append(_claims(said))
   if said['controls']:
@@ -267,9 +279,7 @@ def markdown(said: dict) -> str:
                   interval(row['cells'][c], columns[c]),
                   siblings(row['cells'][c], columns[c])))) for c in columns),
               *(published(row, c) for c in columns)] for row in said['rows']]),
-      'Mean ± standard deviation over seeds, with the 90 % t interval; below '
-      'it the best blind guess and the same model with grey and with shuffled '
-      'pictures.']
+      about_scores(said)]
   if said['claims']:
     other = 'paper' if said['scale'] == 'mini' else 'mini'
     parts += ['## Claims', _grid(
