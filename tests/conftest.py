@@ -3,6 +3,10 @@
 import os
 import pathlib
 
+# Before jax is imported. jaxlib 0.10.1 prints pages about two invented CPU
+# features for every program that it takes from the compilation cache.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
 import jax
 
 _CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'

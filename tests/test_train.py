@@ -201,10 +201,11 @@ def test_restart_repeats_the_uninterrupted_run(whole, tmp_path):
 
 
 def _program(folder):
-  """Starts this file as a program, in its own process group."""
-  return subprocess.Popen(
-      [sys.executable, __file__, str(folder)], stderr=subprocess.PIPE,
-      text=True, env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
+  """Starts this file as a program; what it says goes to a file."""
+  with open(f'{folder}.log', 'w') as log:  # a pipe that nobody reads fills up
+    return subprocess.Popen(
+        [sys.executable, __file__, str(folder)], stderr=log,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
 
 
 def _wait_for_rows(process, folder, count):
@@ -221,12 +222,13 @@ def test_kills_at_random_moments_change_nothing(whole, tmp_path):
     _wait_for_rows(process, tmp_path, least)
     time.sleep(draw.uniform(0, 0.3))
     process.kill()
-    process.communicate()
+    process.wait()
     assert process.returncode == -signal.SIGKILL
   process = _program(tmp_path)
   _wait_for_rows(process, tmp_path, 16)
   process.terminate()
-  _, text = process.communicate()
+  process.wait()
+  text = pathlib.Path(f'{tmp_path}.log').read_text()
   assert process.returncode == 128 + signal.SIGTERM, text
   step = checkpoint.load_extras(tmp_path)['step']
   assert f'stopped by SIGTERM after step {step}, which is saved' in text

@@ -182,9 +182,12 @@ def launch(run: Run, workdir, data_dir) -> str | None:
 def _environment(workdir) -> dict[str, str]:
   """Lets runs that compile the same programs compile them once.
 
-  What the user has set stays. Object stores are left alone.
+  What the user has set stays. Object stores are left alone. jaxlib 0.10.1
+  prints pages about two invented CPU features for every program that it takes
+  from the cache, hence the log level.
   """
   cache = {
+      'TF_CPP_MIN_LOG_LEVEL': '3',
       'JAX_COMPILATION_CACHE_DIR': str(epath.Path(workdir) / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
   return ({} if '://' in str(workdir) else cache) | os.environ
