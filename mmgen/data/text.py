@@ -71,10 +71,16 @@ class Tokenizer:
     return RESERVED.index(name)
 
   def encode(self, text):
-    """Text to a list of ids, none of them reserved."""
+    """Text to a list of ids, none of them reserved.
+
+    A space is put before it, as LLaMA's tokenizer does, so that a word is the
+    same token where it begins a text (an answer) and within one (a caption).
+    """
+    if not text:
+      return []
     # sentencepiece cannot tell a typed U+2581 from a space: spell it as bytes.
     ids = []
-    for i, part in enumerate(text.split(_SPACE)):
+    for i, part in enumerate(f' {text}'.split(_SPACE)):
       ids += self._space if i else []
       ids += self._model.EncodeAsIds(part)
     return ids
@@ -82,7 +88,7 @@ class Tokenizer:
   def decode(self, ids):
     """Ids to text; reserved ids are skipped, broken bytes become U+FFFD."""
     return self._model.DecodeIds(
-        [int(i) for i in ids if i >= len(RESERVED)])
+        [int(i) for i in ids if i >= len(RESERVED)]).removeprefix(' ')
 
   def pieces(self, ids):
     """One readable string an id, for pages that show tokens."""
@@ -110,7 +116,7 @@ def train(texts, vocab_size):
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(texts), model_writer=model, model_type='bpe',
+        sentence_iterator=(f' {text}' for text in texts), model_writer=model, model_type='bpe',
         vocab_size=vocab_size, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
         pad_piece=RESERVED[0], bos_piece=RESERVED[1], eos_piece=RESERVED[2],
         unk_piece=RESERVED[3], control_symbols=list(RESERVED[4:]),
