@@ -2,8 +2,9 @@
 
 `exact` is the share of scenes whose caption equals the corpus's caption (one
 column) after `common.parse_answer`. `name_recall` is the share of true object
-names that occur as whole words in the generated caption, averaged over scenes:
-with single objects, the share of scenes whose object is named. Two blind
+names that occur as whole words in the generated caption, in the singular or in
+the plural of `captions.plural` ("two foxes"), averaged over scenes: with single
+objects, the share of scenes whose object is named. Two blind
 guesses stand beside them: the most frequent training caption for `exact`, the
 most frequent object name of the training split for `name_recall`.
 """
@@ -11,11 +12,14 @@ most frequent object name of the training split for `name_recall`.
 import dataclasses
 import re
 
+from mmgen.data import captions as captions_lib
 from mmgen.data import prompts
 from mmgen.evaluators import answering
 from mmgen.evaluators import common
 
 MODEL = 'multimodal'  # kind of model, `config.model.name`
+# Rule of `names_said`: change the number with it, or with the plurals.
+NAMES = 'whole words, singular or plural: 2'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +34,24 @@ class Config:
 
 
 def names_said(text, names):
-  """The share of `names` that occur in `text` as whole words."""
+  """The share of `names` that occur in `text` as whole words.
+
+  Args:
+    text: a caption.
+    names: English names in the singular; their plurals count as well.
+
+  Returns:
+    float in 0..1.
+  """
   text = common.parse_answer(text)
-  said = [
-      re.search(rf'(?<!\w){re.escape(common.parse_answer(name))}(?!\w)', text)
-      for name in names
-  ]
-  return common.mean([match is not None for match in said])
+  said = []
+  for name in names:
+    forms = '|'.join(
+        re.escape(common.parse_answer(form))
+        for form in (name, captions_lib.plural(name))
+    )
+    said.append(re.search(rf'(?<!\w)(?:{forms})(?!\w)', text) is not None)
+  return common.mean(said)
 
 
 class Evaluator:
@@ -53,8 +68,8 @@ class Evaluator:
     self.max_tokens = answering.longest(self.captions, context.tokenizer)
     self.fingerprint = common.fingerprint(
         evaluator='caption', template=prompts.TEMPLATES['caption_before'],
-        column=config.column, parser=common.PARSER, decoding='greedy',
-        max_tokens=self.max_tokens,
+        column=config.column, parser=common.PARSER, names=NAMES,
+        decoding='greedy', max_tokens=self.max_tokens,
         **common.settings(config, context, len(self.records)),
     )
     self.predictions = []

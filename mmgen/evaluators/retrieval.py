@@ -1,15 +1,20 @@
 """Retrieval with a contrastive model: recall at 1, 5 and 10, both ways.
 
-N pictures and their N captions are ranked against each other by the product
-of their normalised embeddings (arXiv 2103.00020, section 3.1.4). Drawn scenes
-repeat captions, so every candidate whose caption *equals* the query's is a
-hit: no model could tell them apart. An example scores 1 at k if one of its
-first k candidates is a hit; candidates of equal score keep their order in the
-split, which is no query's advantage.
+N pictures and their captions are ranked against each other by the product of
+their normalised embeddings (arXiv 2103.00020, section 3.1.4). Drawn scenes
+repeat captions, and no model could tell equal ones apart:
 
-The blind guess: from picture to text, the k candidate captions that the
-training split holds most often; from text to picture, k pictures at random
-(the exact expectation).
+  image_to_text  N pictures rank the D <= N *distinct* captions; an example
+                 scores 1 at k if its own is among the first k
+  text_to_image  N captions rank the N pictures; an example scores 1 at k if
+                 one of the first k pictures has a caption that equals its own
+
+Candidates of equal score keep their order in the split, which is no query's
+advantage.
+
+The blind guess ranks the same candidates: from picture to text, the k distinct
+captions that the training split holds most often; from text to picture, k
+pictures at random (the exact expectation).
 """
 
 import dataclasses
@@ -22,7 +27,8 @@ from mmgen.evaluators import contrastive
 
 MODEL = 'clip'  # kind of model, `config.model.name`
 RECALLS = (1, 5, 10)
-DIRECTIONS = ('image_to_text', 'text_to_image')
+# What is ranked: change the number with the rule.
+CANDIDATES = 'distinct captions, all pictures; ties: order of the split: 2'
 
 
 def first_hits(scores_QC, hits_QC):
@@ -78,17 +84,15 @@ class Evaluator:
     ]
     self.fingerprint = common.fingerprint(
         evaluator='retrieval', column=config.column,
-        ties='order of the split',
+        candidates=CANDIDATES,
         **common.settings(config, context, len(self.records)),
     )
     self.predictions = []
 
-  def _record(self, condition, direction, ranks, scores_QC=None):
-    """Appends a prediction per query; returns nothing."""
+  def _record(self, condition, direction, ranks, firsts=None):
+    """Appends a prediction per query, `firsts` its first candidate's text."""
     for i, rank in enumerate(ranks):
-      found = {} if scores_QC is None else {
-          'prediction': self.captions[int(np.argmax(scores_QC[i]))]
-      }
+      found = {} if firsts is None else {'prediction': str(firsts[i])}
       self.predictions.append({
           'id': self.records[i]['id'], 'split': self.config.split,
           'condition': condition, 'type': direction,
@@ -100,20 +104,26 @@ class Evaluator:
   def run(self, params):
     """Yields (name, value); `predictions` are complete after that."""
     self.predictions = []
-    captions = np.asarray(self.captions)
-    hits_NN = captions[:, None] == captions[None, :]
-    text_NE = contrastive.encode_texts(
-        self.context, params, self.captions, self.config.batch_size
+    captions_N = np.asarray(self.captions)
+    captions_D = np.asarray(list(dict.fromkeys(self.captions)))
+    hits_ND = captions_N[:, None] == captions_D[None, :]
+    hits_NN = captions_N[:, None] == captions_N[None, :]
+    text_DE = contrastive.encode_texts(
+        self.context, params, captions_D.tolist(), self.config.batch_size
     )
+    place_N = np.argmax(hits_ND, axis=1)  # of each caption among the D
     for condition in common.CONDITIONS:
       image_NE = contrastive.encode_pictures(
           self.context, params, common.under(condition, self.records),
           self.config.batch_size,
       )
-      scores_NN = image_NE @ text_NE.T
-      for direction, scores_QC in zip(DIRECTIONS, (scores_NN, scores_NN.T)):
-        ranks = first_hits(scores_QC, hits_NN)
-        self._record(condition, direction, ranks, scores_QC)
+      scores_ND = image_NE @ text_DE.T
+      for direction, scores_QC, hits_QC, candidates_C in (
+          ('image_to_text', scores_ND, hits_ND, captions_D),
+          ('text_to_image', scores_ND.T[place_N], hits_NN, captions_N)):
+        ranks = first_hits(scores_QC, hits_QC)
+        firsts = candidates_C[np.argmax(scores_QC, axis=1)]
+        self._record(condition, direction, ranks, firsts)
         for k in RECALLS:
           yield (
               common.name_value(f'{direction}@{k}', condition),

@@ -4,6 +4,8 @@ import pytest
 import scripted
 
 from mmgen import errors
+from mmgen.data import scenes
+from mmgen.data.corpora import shapes
 from mmgen.evaluators import caption
 from mmgen.evaluators import common
 from mmgen.models import sampling
@@ -19,9 +21,33 @@ from mmgen.models import sampling
     ('', ['fox'], 0),
     ('a c.p', ['c.p'], 1),
     ('a cup', ['c.p'], 0),
+    ('Two FOXES on blue.', ['fox'], 1),
+    ('two foxesque suns', ['fox', 'sun'], 0.5),
+    ('three hot dogs', ['hot dog'], 1),
+    ('two dogs', ['hot dog'], 0),
+    ('two mice', ['mouse'], 1),
+    ('two cherries and grapes', ['cherry', 'grapes'], 1),
 ])
 def test_names_are_found_as_whole_words(text, names, share):
   assert caption.names_said(text, names) == share
+
+
+@pytest.fixture(scope='module')
+def specified():
+  """300 scenes of every split, not drawn."""
+  plan = scenes.plan(
+      shapes.picture_set('tiny'), shapes.SIZES['tiny']['scenes'])
+  return [scenes.specify(plan, split, 0, i)
+          for split in scenes.SPLITS for i in range(300)]
+
+
+@pytest.mark.parametrize('kind', scenes.KINDS)
+def test_the_true_caption_names_every_object(specified, kind):
+  found = [scene for scene in specified if scene.kind == kind]
+  assert len(found) > 20
+  for scene in found:
+    names = sorted({thing.concept for thing in scene.objects})
+    assert caption.names_said(scene.captions['fused'], names) == 1, scene
 
 
 @pytest.fixture
@@ -67,6 +93,14 @@ def test_exact_match_and_name_recall(context):
   assert scores['exact/shuffled'] == pytest.approx(
       (order[2] == 1) / 3)
   assert len(scores) == 8
+
+
+def test_the_rule_of_names_is_in_the_fingerprint(context, monkeypatch):
+  make = lambda: caption.Evaluator(caption.Config('shapes'), context)
+  before = make().fingerprint
+  assert make().fingerprint == before
+  monkeypatch.setattr(caption, 'NAMES', 'another rule')
+  assert make().fingerprint != before
 
 
 def test_an_unknown_column_is_named(context):

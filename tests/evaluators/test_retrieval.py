@@ -3,7 +3,9 @@
 import collections
 
 import numpy as np
+import scripted
 
+from mmgen.evaluators import contrastive
 from mmgen.evaluators import retrieval
 
 CAPTIONS = ['fox', 'sun', 'fox', 'cup']
@@ -47,3 +49,51 @@ def test_blind_guesses():
   np.testing.assert_allclose(
       retrieval.blind_image_recall(CAPTIONS, 2), [5 / 6, 0.5, 5 / 6, 0.5])
   np.testing.assert_allclose(retrieval.blind_image_recall(CAPTIONS, 10), 1.0)
+
+
+def _crowd(monkeypatch):
+  """Seven scenes, five of one caption; 'b' looks like 'a', 'c' like 'b'."""
+  texts = ['a', 'a', 'a', 'a', 'a', 'b', 'c']
+  context = scripted.install(
+      monkeypatch, 'clip',
+      validation=[scripted.scene(i, ['x'], t) for i, t in enumerate(texts)],
+      train=[scripted.scene(8, ['x'], 'a'), scripted.scene(9, ['x'], 'a'),
+             scripted.scene(10, ['x'], 'b')])
+  text = {'a': [1, 0, 0], 'b': [0, 1, 0], 'c': [0, 0, 1]}
+  image = {'a': [1, 0, 0], 'b': [.8, .6, 0], 'c': [0, .55, .5]}
+  monkeypatch.setattr(
+      contrastive, 'encode_texts',
+      lambda _, params, said, size: np.asarray([text[t] for t in said]))
+  monkeypatch.setattr(
+      contrastive, 'encode_pictures',
+      lambda _, params, records, size: np.asarray(
+          [image[texts[r['image'][0, 0, 0] // scripted.STEP % 7]]
+           for r in records]))
+  return retrieval.Evaluator(retrieval.Config('shapes'), context)
+
+
+def test_model_and_blind_guess_rank_the_same_distinct_captions(monkeypatch):
+  evaluator = _crowd(monkeypatch)
+  scores = dict(evaluator.run({}))
+  # Candidates a, b, c: the picture of b ranks its own second, not behind five
+  # copies of 'a'.
+  assert scores['image_to_text@1'] == 5 / 7
+  assert scores['image_to_text@5'] == 1
+  # Blind: a, b, c by training count. It is no better than the model.
+  assert scores['image_to_text@1/blind'] == 5 / 7
+  assert scores['image_to_text@5/blind'] == 1
+  # From text, every picture is a candidate and every caption a query.
+  assert scores['text_to_image@1'] == 1
+  rows = [p for p in evaluator.predictions if p['condition'] == 'picture']
+  to_text, to_image = rows[:7], rows[7:]
+  assert [p['rank'] for p in to_text] == [0] * 5 + [1, 1]
+  assert [p['prediction'] for p in to_text] == [*'aaaaaab']
+  assert [p['prediction'] for p in to_image] == [*'aaaaabc']
+  assert [p['answer'] for p in to_image] == [*'aaaaabc']
+
+
+def test_the_rule_of_candidates_is_in_the_fingerprint(monkeypatch):
+  before = _crowd(monkeypatch).fingerprint
+  assert _crowd(monkeypatch).fingerprint == before
+  monkeypatch.setattr(retrieval, 'CANDIDATES', 'another rule')
+  assert _crowd(monkeypatch).fingerprint != before
