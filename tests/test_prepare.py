@@ -44,6 +44,17 @@ def test_damaged_corpus_is_made_again(tmp_path, capsys):
   assert corpora.load_tokenizer(tmp_path, 'shapes/tiny').vocab_size == 400
 
 
+def test_flipped_bytes_are_made_again(tmp_path, capsys):
+  arguments = [*SMALL, f'--data_dir={tmp_path}']
+  prepare.main(arguments)
+  path, = (tmp_path / 'shapes/tiny').glob('*train*')
+  path.write_bytes(bytes(b ^ 255 for b in path.read_bytes()))
+  prepare.main(arguments)
+  assert capsys.readouterr().out.count('prepared (train') == 2
+  split = corpora.open_split(tmp_path, 'shapes/tiny', 'train')
+  assert split[59]['id'] == 'train-0000059'
+
+
 def test_killed_in_the_middle_then_run_again(tmp_path):
   command = [*COMMAND, f'--data_dir={tmp_path}', '--eval_examples=8',
              '--vocab=400']

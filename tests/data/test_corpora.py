@@ -184,6 +184,18 @@ def test_verify_finds_damage(data, tmp_path):
   assert 'checksums' in corpora.verify(tmp_path, 'emoji/tiny')
 
 
+@pytest.mark.parametrize('pattern', [
+    '*train*', 'tokenizer.model', 'manifest.json'])
+def test_verify_finds_other_bytes_of_the_same_number(data, tmp_path, pattern):
+  shutil.copytree(data / 'emoji', tmp_path / 'emoji')
+  path, = (tmp_path / 'emoji/tiny').glob(pattern)
+  written = bytearray(path.read_bytes())
+  written[len(written) // 2] ^= 1
+  path.write_bytes(written)
+  assert corpora.verify(tmp_path, 'emoji/tiny') == (
+      f'{path.name} has other bytes than were written')
+
+
 @pytest.mark.parametrize('corpus,split,message', [
     ('emoji/tiny', 'test', "no split 'test'; it has: train, validation"),
     ('emoji/tiny', 'train[half]', 'no slice'),

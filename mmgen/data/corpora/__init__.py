@@ -219,6 +219,9 @@ def verify(data_dir, corpus):
     if path.stat().length != entry['bytes']:
       return (f'{name} has {path.stat().length} bytes instead of '
               f'{entry["bytes"]}')
+    with path.open('rb') as file:
+      if hashlib.file_digest(file, 'sha256').hexdigest() != entry['sha256']:
+        return f'{name} has other bytes than were written'
   return ''
 
 
