@@ -88,7 +88,8 @@ def train(config, folder, data_dir, parents=None) -> dict:
   run_lib.write_json(folder / 'config.json', config_lib.flatten(config))
   state, frozen, optimizer = _init(config, model, objective, mesh, example)
   state, frozen, extras = _start(
-      config, checkpointer, folder, mesh, state, frozen, parents or {})
+      config, checkpointer, folder, mesh, pipeline.tokenizer, state, frozen,
+      parents or {})
   frozen = optimizer_lib.cast(frozen, config.dtype)
   step = step_lib.make_train_step(
       objective, optimizer, config, jax.tree.map(lambda x: x.sharding, state))
@@ -124,20 +125,34 @@ def _example(config, mesh, pipeline):
           f'source {source!r} has nothing to learn in the first step: none of '
           f'its {config.layout.documents} documents could be read, has a '
           f'target and fits in config.layout.length={config.layout.length} '
-          'slots. python -m mmgen.look shows what became of them.')
+          'slots. python -m mmgen.look shows what became of them; if none '
+          'could be read, the corpus is damaged, and python -m mmgen.prepare '
+          'makes it again.')
   return example
 
 
 def build_objective(config, model):
-  """Makes the objective that `config.objective` names."""
+  """Makes the objective that `config.objective` names.
+
+  Raises:
+    UserError: a wrong name or field, or a layout or model that does not fit.
+  """
   fields = dict(config.objective.items())
   name = fields.pop('name')
   if name not in OBJECTIVES:
     raise errors.UserError(
         f'config.objective.name is {name!r}; allowed: '
         f'{", ".join(OBJECTIVES)}.')
+  build, layout, model_name = OBJECTIVES[name]
+  for field, found, wanted in (
+      ('layout.name', config.layout.name, layout),
+      ('model.name', config.model.name, model_name)):
+    if found != wanted:
+      raise errors.UserError(
+          f'config.objective.name is {name!r} and config.{field} is {found!r}; '
+          f'this objective goes with {wanted!r}.')
   try:
-    return OBJECTIVES[name](model, **fields)
+    return build(model, **fields)
   except (TypeError, ValueError) as error:
     raise errors.UserError(f'config.objective: {error}') from error
 
@@ -168,7 +183,8 @@ def _init(config, model, objective, mesh, example):
   return *sharding.init_sharded(mesh, birth, key), optimizer
 
 
-def _start(config, checkpointer, folder, mesh, state, frozen, parents):
+def _start(config, checkpointer, folder, mesh, tokenizer, state, frozen,
+           parents):
   """Goes on from the last checkpoint, or takes over parts of other runs.
 
   Returns:
@@ -181,10 +197,11 @@ def _start(config, checkpointer, folder, mesh, state, frozen, parents):
     state, extras = checkpointer.restore(abstract)
     _log.info('%s: restored after step %d', folder.name, extras['step'])
     return state, checkpoint.load_frozen(folder, mesh), extras
+  names = {**sharding.named_leaves(state['params']),
+           **sharding.named_leaves(frozen)}
+  inherit.check_vocabulary(names, parents, tokenizer)
   names, report = inherit.inherit(
-      {**sharding.named_leaves(state['params']),
-       **sharding.named_leaves(frozen)}, parents, mesh,
-      config_lib.source_parts(config))
+      names, parents, mesh, config_lib.source_parts(config))
   take = lambda name, _: names[name]
   state = {**state, 'params': sharding.map_named(take, state['params'])}
   frozen = sharding.map_named(take, frozen)
@@ -264,10 +281,11 @@ def _terminated():
     signal.signal(signal.SIGTERM, before)
 
 
+# How to make it, and the names of the layout and the model that it goes with.
 OBJECTIVES = {
-    'next_token': next_token.NextToken,
-    'alignment': alignment.build,
-    'contrastive': contrastive.Contrastive,
+    'next_token': (next_token.NextToken, 'sequence', 'multimodal'),
+    'alignment': (alignment.build, 'sequence', 'multimodal'),
+    'contrastive': (contrastive.Contrastive, 'pair', 'clip'),
 }
 
 

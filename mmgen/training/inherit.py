@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmgen import errors
+from mmgen.data import text
 from mmgen.training import checkpoint
 from mmgen.training import sharding
 
@@ -78,6 +79,35 @@ def inherit(params, parents, mesh, sources=None):
         f'config.init does not fit the model: {"; ".join(wrong)}. Give the '
         'part the sizes of its parent, or another parent.')
   return new, report
+
+
+def check_vocabulary(params, parents, tokenizer):
+  """Checks that what is learnt of a vocabulary keeps its meaning.
+
+  Args:
+    params: {name: array} of the new run.
+    parents: as in `inherit`.
+    tokenizer: of the new run.
+
+  Raises:
+    UserError: a part with rows of the vocabulary comes from a run whose
+      tokenizer is neither this one nor the beginning of it.
+  """
+  for part, folder in parents.items():
+    if not any(_VOCABULARY.search(name) and part in (ALL, _top(name))
+               for name in params):
+      continue
+    stored = checkpoint.load_tokenizer(folder)
+    if stored == tokenizer.bytes:
+      continue
+    old = text.Tokenizer.from_bytes(stored)
+    ids = range(min(old.vocab_size, tokenizer.vocab_size))
+    other = sum(a != b for a, b in zip(old.pieces(ids), tokenizer.pieces(ids)))
+    if other or old.vocab_size > tokenizer.vocab_size:
+      raise errors.UserError(
+          f'config.init.{part}: {folder} was trained with another tokenizer: '
+          f'{other} of {len(ids)} ids mean something else here. Train both on '
+          'corpora with one tokenizer, or leave the part to start afresh.')
 
 
 def _top(name):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmgen import errors
+from mmgen.data import text
 from mmgen.training import checkpoint
 from mmgen.training import inherit
 from mmgen.training import sharding
@@ -113,3 +114,20 @@ def test_a_part_that_nobody_has_is_a_user_error(parent):
   with pytest.raises(errors.UserError, match="has no part 'connector'"):
     inherit.inherit(_params(0.0, **{'connector/bias': (4,)}),
                     {'connector': parent}, _mesh())
+
+
+def test_a_vocabulary_of_other_meanings_is_refused(tmp_path):
+  texts = ['a fox on a blue ground', 'two owls', 'is there a bus?'] * 20
+  old, retrained, other = (text.Tokenizer.from_bytes(text.train(t, size))
+                           for t, size in ((texts, 295), (texts, 305),
+                                           ([t[::-1] for t in texts], 295)))
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  checkpointer.save(1, {'params': _params(1.0)}, {}, old.bytes)
+  checkpointer.close()
+  fresh = _params(0.0)
+  inherit.check_vocabulary(fresh, {'all': tmp_path}, old)
+  inherit.check_vocabulary(fresh, {'vision': tmp_path}, other)
+  for part in ('decoder', 'all'):
+    for tokenizer in (retrained, other):  # the letters come last, and moved
+      with pytest.raises(errors.UserError, match='mean something else here'):
+        inherit.check_vocabulary(fresh, {part: tmp_path}, tokenizer)
