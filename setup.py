@@ -27,7 +27,6 @@ setuptools.setup(
         'orbax-checkpoint>=0.12',
         'pillow>=11',
         'rich>=13.7',
-        'safetensors>=0.5',
         'scipy>=1.14',
         'sentencepiece>=0.2.1',
         'tensorboardX>=2.6.2',

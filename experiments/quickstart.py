@@ -29,7 +29,7 @@ def base(scale):
         'table. The experiments under experiments/eve/ have both scales.')
   c = ml_collections.ConfigDict()
   c.seed = 0
-  c.steps = 1000
+  c.steps = 900
   c.log_every = 10
   c.eval_every = 0
   c.checkpoint_every = 250
@@ -64,7 +64,9 @@ def base(scale):
       vqa=dict(name='vqa', corpus='emoji/tiny', split='compositions',
                examples=512),
       caption=dict(name='caption', corpus='emoji/tiny', split='compositions',
-                   column='fused', examples=512))
+                   column='fused', examples=512),
+      styles=dict(name='caption', corpus='emoji/tiny', split='styles',
+                  column='fused', examples=512))
   return c
 
 
@@ -76,9 +78,11 @@ ROWS = {
 
 TABLE = dict(
     title='Quickstart: linear patches and EVE\'s patch layer on drawn scenes',
-    metrics={'object named': 'vqa/what', 'all questions': 'vqa/accuracy',
+    metrics={'object named': 'vqa/what', 'counted': 'vqa/count',
+             'all questions': 'vqa/accuracy',
              'caption': 'caption/exact',
-             'name in caption': 'caption/name_recall'},
+             'name in caption': 'caption/name_recall',
+             'name, new style': 'styles/name_recall'},
     seeds=(0,),
     account='samples',
-    budget='1000 steps of 48 documents, at most 150 s a row on two cores')
+    budget='900 steps of 48 documents, at most 150 s a row on two cores')

@@ -14,7 +14,8 @@ row that starts from them. Their seed is the row's, modulo 3.
 
   python -m mmgen.train --config=warm_starts:clip
 
-Published sizes start from published weights: `init.decoder='file:...'`.
+Published sizes will start from published weights, `init.decoder='file:...'`;
+the importer of those is not built yet.
 """
 
 import ml_collections
@@ -51,8 +52,8 @@ def base(scale):
   """Returns the config of the text-trained decoder."""
   if scale != 'mini':
     raise errors.UserError(
-        'warm_starts exists at --scale=mini only; published sizes start from '
-        "published weights, named by init.<part>='file:...'.")
+        'warm_starts exists at --scale=mini only: published sizes start from '
+        'published weights, whose importer is not built yet.')
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.steps = 400

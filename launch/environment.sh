@@ -3,9 +3,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+CANDIDATES="python3.11 python3.13 python3"
+
 find_python() {
   local name version
-  for name in ${MMGEN_PYTHON:-python3.11 python3.12 python3.13 python3}; do
+  for name in ${MMGEN_PYTHON:-$CANDIDATES}; do
     version=$("$name" -c \
       'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) \
       || continue
@@ -14,8 +16,9 @@ find_python() {
       return
     fi
   done
-  echo "mmgen needs Python 3.11, 3.12 or 3.13; none of" \
-    "${MMGEN_PYTHON:-python3.11 python3.12 python3.13 python3} is one." \
+  echo "mmgen has lock files for Python $(cd launch/lock && echo *.txt |
+    sed 's/\.txt//g'); none of" \
+    "${MMGEN_PYTHON:-$CANDIDATES} is one of them." \
     "Install one, or name it: MMGEN_PYTHON=/path/to/python bash $0" >&2
   return 1
 }

@@ -132,7 +132,8 @@ def test_the_last_stage_is_tuned_unless_another_is_named(
   assert target.seed == 101
   assert dict(target.overrides) == {
       'optimizer.peak_lr': 4e-3, **{f'evaluators.{e}.split': 'validation'
-                                    for e in ('loss', 'vqa', 'caption')}}
+                                    for e in (
+                                        'loss', 'vqa', 'caption', 'styles')}}
 
 
 @pytest.mark.parametrize('stage', [None, 'one'])
