@@ -55,6 +55,14 @@ WARM_START_SEEDS = 3
 # Below these, a row or the command line may add a field that `base` lacks:
 # whoever reads them knows which fields there are.
 _OPEN = ('mix', 'model', 'objective', 'init', 'optimizer.groups', 'evaluators')
+# The entries of these have names of the user's choice: setting one field of an
+# entry makes the entry.
+_ENTRIES = ('mix', 'optimizer.groups', 'evaluators')
+# Fields that each entry of these must have.
+_REQUIRED = {'mix': ('corpus', 'quota'), 'evaluators': ('name', 'corpus')}
+# The least value of whole numbers.
+_LEAST = dict(steps=1, log_every=1, checkpoint_every=1, eval_every=0)
+DTYPES = ('float32', 'bfloat16')
 # Fields that cannot change a number: they stay out of a run's key.
 _SILENT_FIELDS = ('name', 'log_every', 'checkpoint_every')
 
@@ -118,10 +126,10 @@ def _set(config, field: str, value, origin: str, typed: bool = False):
   *path, last = field.split('.')
   node = config
   for depth, part in enumerate(path):
-    if part not in node:
-      raise errors.UserError(_unknown(field, '.'.join(path[:depth]), part,
-                                      node, origin))
-    if node[part] is None:
+    parent = '.'.join(path[:depth])
+    if part not in node and parent not in _ENTRIES:
+      raise errors.UserError(_unknown(field, parent, part, node, origin))
+    if node.get(part) is None:
       node[part] = ml_collections.ConfigDict()
     node = node[part]
     if not isinstance(node, ml_collections.ConfigDict):
@@ -139,7 +147,7 @@ def _set(config, field: str, value, origin: str, typed: bool = False):
   elif last in node and not _same_type(node[last], value):
     raise errors.UserError(
         f'{origin}: {field} is {value!r} ({type(value).__name__}); the base '
-        f'config has a {type(node[last]).__name__}.')
+        f'config has {_kind(node[last])}.')
   with node.ignore_type():
     node[last] = value
 
@@ -148,6 +156,13 @@ def _unknown(field, parent, part, node, origin):
   where = f'config.{parent}' if parent else 'config'
   return (f'{origin}: no field {field!r}: {where} has no {part!r}.'
           f'{errors.nearest(part, node)} It has: {", ".join(sorted(node))}.')
+
+
+def _kind(old) -> str:
+  """Says in one line what a field holds."""
+  if isinstance(old, ml_collections.ConfigDict):
+    return f'a group of fields: {", ".join(sorted(old)) or "none so far"}'
+  return f'a {type(old).__name__} such as {old!r}'
 
 
 def _same_type(old, new) -> bool:
@@ -177,8 +192,7 @@ def _typed(field: str, text, old):
     value = tuple(value)
   if not _same_type(old, value):
     raise errors.UserError(
-        f'--config.{field}={text}: expected a {type(old).__name__} such as '
-        f'{old!r}.')
+        f'--config.{field}={text}: expected {_kind(old)}.')
   return float(value) if isinstance(old, float) and value is not None else value
 
 
@@ -188,20 +202,43 @@ def finalise(config, address: addresses.Address, scale: str):
   config.scale = scale
   if not config.mix:
     raise errors.UserError(f'{address}: config.mix names no source.')
+  for group, fields in _REQUIRED.items():
+    _check_entries(address, group, config[group], fields)
   for name, source in config.mix.items():
-    if source.quota < 1:
+    if not isinstance(source.quota, int) or source.quota < 1:
       raise errors.UserError(
           f'{address}: config.mix.{name}.quota is {source.quota}; a source '
           f'gives at least one group a step (or leave it out).')
   for part, origin in config.init.items():
-    if not origin.startswith(('run:', 'file:')):
+    named = isinstance(origin, str)
+    if not named or not origin.startswith(('run:', 'file:')):
       raise errors.UserError(
-          f'{address}: config.init.{part} is {origin!r}; allowed: '
+          f'{address}: config.init.{part} is '
+          f'{repr(origin) if named else _kind(origin)}; allowed: '
           "'run:<experiment>:<row>[:<stage>][#part]' or 'file:<path>[#part]'.")
-  if config.steps < 1:
-    raise errors.UserError(f'{address}: config.steps is {config.steps}.')
+  for field, least in _LEAST.items():
+    if not isinstance(config[field], int) or config[field] < least:
+      raise errors.UserError(
+          f'{address}: config.{field} is {config[field]}; allowed: {least} or '
+          'more.')
+  if config.dtype not in DTYPES:
+    raise errors.UserError(
+        f'{address}: config.dtype is {config.dtype!r}; allowed: '
+        f'{", ".join(DTYPES)}.')
   image_layout(config)  # raises on a model that cannot be built
   return config.lock()
+
+
+def _check_entries(address, group: str, entries, fields):
+  """Raises a UserError if an entry of a group lacks one of some fields."""
+  for name, entry in entries.items():
+    for field in fields:
+      if not isinstance(entry, ml_collections.ConfigDict) or (
+          entry.get(field) is None):
+        others = [other for other in entries if other != name]
+        raise errors.UserError(
+            f'{address}: config.{group}.{name}.{field} is missing.'
+            f'{errors.nearest(name, others)}')
 
 
 # ---------------------------------------------------------------------------
@@ -297,10 +334,18 @@ def run_key(config, data_dir) -> str:
 
 
 def run_folder(config, workdir, data_dir) -> epath.Path:
-  """Returns the run's folder: the one with its key, or a new readable name."""
+  """Returns the run's folder: the one with its key, or a new readable name.
+
+  Raises:
+    UserError: `workdir` is a file, or a corpus is not prepared.
+  """
   key = run_key(config, data_dir)
   workdir = epath.Path(workdir)
   if workdir.exists():
+    if not workdir.is_dir():
+      raise errors.UserError(
+          f'--workdir={workdir} is a file; give a folder, or the name of a new '
+          'one.')
     for path in workdir.iterdir():
       if path.name.endswith(f'-{key}'):
         return path

@@ -75,6 +75,7 @@ from mmgen.tables import run_graph
 from mmgen.tables import summary
 from mmgen.tables import text_table
 from mmgen.tables import tuning
+from mmgen.training import checkpoint
 from mmgen.training import metrics
 
 # ---------------------------------------------------------------------------
@@ -145,8 +146,9 @@ def outcome(
 def freeze(path, table: claims.Table) -> dict[str, str]:
   """Stores the hashes of all claims, once; returns those stored."""
   if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(claims.frozen_hashes(table), indent=1))
+    with checkpoint.writing(path.parent):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(json.dumps(claims.frozen_hashes(table), indent=1))
   return json.loads(path.read_text())
 
 
@@ -279,12 +281,16 @@ def tune(args) -> int:
       f'rates, {len(table.tuning_seeds)} seeds')
   if args.dry_run:
     return 0
-  failed = _execute(args, runs)
   folder = _folder(args, args.scale)
-  tuned = tuning.store(folder / 'tuning.json', tuning.summarise(
-      args.experiment, args.scale, table, rows, keys, runs, failed))
+  with checkpoint.writing(folder):  # before hours of training, not after
+    folder.mkdir(parents=True, exist_ok=True)
+  failed = _execute(args, runs)
+  tuned = tuning.summarise(
+      args.experiment, args.scale, table, rows, keys, runs, failed)
   warnings = tuning.warnings(tuned)
-  (folder / 'tuning.html').write_text(report.tuning_page(tuned, warnings))
+  with checkpoint.writing(folder):
+    tuned = tuning.store(folder / 'tuning.json', tuned)
+    (folder / 'tuning.html').write_text(report.tuning_page(tuned, warnings))
   rich.console.Console().print(text_table.tuning(tuned))
   for warning in warnings:
     print(f'warning: {warning}')

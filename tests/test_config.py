@@ -17,6 +17,7 @@ def base(scale):
   c.steps = 10 if scale == 'mini' else 1000
   c.log_every = 1
   c.checkpoint_every = 5
+  c.eval_every = 0
   c.mix = dict(a=dict(corpus='shapes/tiny', quota=1))
   c.dtype = 'float32'
   c.image = dict(size=(32, 32))
@@ -40,6 +41,8 @@ ROWS = {
     'eve': {'model.vision': dict(name='eve', patch=4, width=64)},
     'typo': {'optimizer.peek_lr': 3.0},
     'model_typo': {'model.vision.pach': 3},
+    'no_corpus': {'mix.b': dict(quota=1)},
+    'no_evaluator_corpus': {'evaluators.vqa': dict(name='vqa')},
 }
 '''
 
@@ -88,10 +91,36 @@ def test_config_is_locked(path):
     ('model.name=clop', 'allowed: multimodal, clip'),
     ('model.vision.patch=eight', 'expected a int'),
     ('init.decoder=warm_starts:text', "allowed: 'run:"),
+    ('init.x={"y": 1}', "allowed: 'run:"),
+    ('model.vision=foo', 'expected a group of fields: name, patch, width'),
+    ('evaluators={}', 'expected a group of fields: none so far'),
+    ('log_every=0', 'config.log_every is 0; allowed: 1 or more'),
+    ('checkpoint_every=0', 'config.checkpoint_every is 0; allowed: 1 or more'),
+    ('eval_every=-1', 'config.eval_every is -1; allowed: 0 or more'),
+    ('steps=null', 'config.steps is None'),
+    ('dtype=float31', "'float31'; allowed: float32, bfloat16"),
+    ('mix.extra=3', 'config.mix.extra.corpus is missing'),
+    ('evaluators.vqa.corpus=x', 'config.evaluators.vqa.name is missing'),
+    ('model.vison.patch=8', "Did you mean 'vision'"),
+    ('mixx.a.quota=8', "Did you mean 'mix'"),
 ])
 def test_wrong_override(path, override, message):
-  with pytest.raises(errors.UserError, match=message):
+  with pytest.raises(errors.UserError, match=message) as caught:
     config_lib.load(f'{path}:plain', overrides=[override])
+  assert '\n' not in str(caught.value)
+
+
+def test_the_command_line_may_add_entries(path):
+  c = config_lib.load(f'{path}:plain', overrides=[
+      'mix.extra.quota=2', 'mix.extra.corpus=shapes/tiny',
+      'optimizer.groups.eyes.pattern=^vision/',
+      'optimizer.groups.eyes.freeze=true'])
+  assert c.mix.extra.to_dict() == dict(quota=2, corpus='shapes/tiny')
+  assert c.optimizer.groups.eyes.to_dict() == dict(
+      pattern='^vision/', freeze=True)
+  with pytest.raises(errors.UserError, match='mix.aa.corpus is missing. Did '
+                     "you mean 'a'"):
+    config_lib.load(f'{path}:plain', overrides=['mix.aa.quota=2'])
 
 
 @pytest.mark.parametrize('address, message', [
@@ -111,6 +140,10 @@ def test_a_row_with_a_typo_is_refused(path):
     config_lib.load(f'{path}:typo')
   with pytest.raises(errors.UserError, match="unknown fields .'pach'."):
     config_lib.load(f'{path}:model_typo')
+  with pytest.raises(errors.UserError, match='config.mix.b.corpus is missing'):
+    config_lib.load(f'{path}:no_corpus')
+  with pytest.raises(errors.UserError, match='config.evaluators.vqa.corpus is'):
+    config_lib.load(f'{path}:no_evaluator_corpus')
 
 
 def test_stages_chain(path):
@@ -160,3 +193,10 @@ def test_rows_with_one_prefix_share_its_folder(path, tmp_path):
   folder.mkdir(parents=True)
   other = config_lib.load(f'{path}:late:first')
   assert config_lib.run_folder(other, tmp_path / 'runs', 'data') == folder
+
+
+def test_a_file_is_no_workdir(path, tmp_path):
+  (tmp_path / 'runs').write_text('')
+  with pytest.raises(errors.UserError, match='runs is a file; give a folder'):
+    config_lib.run_folder(
+        config_lib.load(f'{path}:plain:first'), tmp_path / 'runs', 'data')

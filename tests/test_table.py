@@ -170,3 +170,18 @@ def test_fall_of_a_loss_by_hand():
   assert table.loss_fall(rows[:20]) is None
   assert table.loss_fall([*rows, {'step': 100, 'scores/x': 1.0}]) == (
       pytest.approx(0.09 / 2.09))
+
+
+@pytest.mark.parametrize('flag', ['--seeds=0', '--tune'])
+@pytest.mark.parametrize('workdir, message', [
+    ('file', 'is a file; give a folder'), ('file/below', 'cannot write below')])
+def test_a_workdir_that_cannot_be_written_is_a_user_error(
+    lab, workdir, message, flag):
+  lab.path.write_text(lab.path.read_text().replace(
+      'TABLE = dict(', f'TABLE = dict({table_lab.TUNING}'))
+  (lab.root / 'file').write_text('')
+  with pytest.raises(errors.UserError, match=message) as caught:
+    table.main([f'--experiment={lab.path}', flag,
+                f'--workdir={lab.root / workdir}'])
+  assert '\n' not in str(caught.value)
+  assert not lab.started

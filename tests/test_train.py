@@ -298,6 +298,13 @@ def test_not_finite_stops_with_a_good_state_and_names_records(
     ({'model.vision.patch': 2}, "'fake' has nothing to learn.*length=16"),
     ({'optimizer.accumulate': 2}, '2 microbatch.*multiple of 16'),
     ({'objective.name': 'next'}, "name is 'next'; allowed: next_token"),
+    ({'objective.name': 'contrastive'},
+     "'contrastive' and config.layout.name is 'sequence'; .* with 'pair'"),
+    ({'layout.name': 'pair', 'mix.fake.view': 'pair'},
+     "'next_token' and config.layout.name is 'pair'; .* with 'sequence'"),
+    ({'layout.name': 'pair', 'mix.fake.view': 'pair',
+      'objective.name': 'contrastive'},
+     "'contrastive' and config.model.name is 'multimodal'; .* with 'clip'"),
     ({'optimizer.groups': {'a': dict(pattern='decodr')}}, 'Nearest: decoder/'),
 ])
 def test_wrong_configs_are_user_errors(tmp_path, fields, message):

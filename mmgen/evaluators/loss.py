@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmgen import errors
 from mmgen.data import layout
 from mmgen.data import mixture
 from mmgen.data import prompts
@@ -62,6 +63,11 @@ class Evaluator:
         for f in dataclasses.fields(mixture.Source) if f.name in fields
     })
     prompts.check('of an evaluator', self.source)
+    if config.image_place == 'random':
+      raise errors.UserError(
+          "image_place of the evaluator 'loss' is 'random'; allowed: 'before', "
+          "'after'"
+      )
     self.records = common.scenes(
         context.data_dir, config.corpus, config.split, config.examples
     )

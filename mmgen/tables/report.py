@@ -17,6 +17,7 @@ from mmgen.data import corpora
 from mmgen.tables import claims
 from mmgen.tables import plots
 from mmgen.tables import text_table
+from mmgen.training import checkpoint
 
 PICTURES = 12  # of each evaluator
 
@@ -344,11 +345,11 @@ def write(folder, said: dict, runs, data_dir):
     said: of `summary.summarise`, with 'other_scale' and 'tuning'.
     runs: {row: (folder, config)} of one run per row that finished.
     data_dir: folder of the prepared corpora.
+
+  Raises:
+    UserError: the folder cannot be written.
   """
   folder = epath.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'table.json').write_text(json.dumps(said, indent=1) + '\n')
-  (folder / 'table.md').write_text(text_table.markdown(said))
   folders = {row: run[0] for row, run in runs.items()}
   entries = {}
   for column in said['columns'].values():
@@ -358,5 +359,10 @@ def write(folder, said: dict, runs, data_dir):
         entries.setdefault(evaluator, config.evaluators[evaluator])
   galleries = {name: gallery(folders, name, entry, data_dir)
                for name, entry in entries.items()}
-  (folder / 'report.html').write_text(
-      page(said, plots.curves(folders), galleries))
+  texts = {'table.json': json.dumps(said, indent=1) + '\n',
+           'table.md': text_table.markdown(said),
+           'report.html': page(said, plots.curves(folders), galleries)}
+  with checkpoint.writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+      (folder / name).write_text(text)

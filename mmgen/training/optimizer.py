@@ -6,6 +6,7 @@ factors of a parameter follow from its name and are plain numbers fixed before
 the first step.
 """
 
+import dataclasses
 import difflib
 import math
 import re
@@ -31,12 +32,63 @@ def _unflatten(flat):
 # Groups
 
 
-def assign(names, groups) -> dict[str, str | None]:
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Parameters that are trained in their own way, or not at all.
+
+  Attributes:
+    pattern: regex found anywhere in the name of a parameter.
+    freeze: whether they stay as they are.
+    lr_scale: factor of the learning rate.
+    weight_decay: replaces the optimizer's, also where it decays nothing.
+  """
+
+  pattern: str
+  freeze: bool = False
+  lr_scale: float = 1.0
+  weight_decay: float | None = None
+
+
+def read_groups(groups) -> dict[str, Group]:
+  """Returns {group: Group} of `config.optimizer.groups`.
+
+  Raises:
+    UserError: an unknown field, no pattern, or a value of a wrong type.
+  """
+  return {name: _read_group(f'config.optimizer.groups.{name}', entry)
+          for name, entry in groups.items()}
+
+
+def _read_group(where, entry):
+  fields = {field.name: field for field in dataclasses.fields(Group)}
+  if not hasattr(entry, 'items'):
+    raise errors.UserError(
+        f'{where} is {entry!r}, a value; it has the fields '
+        f'{", ".join(fields)}.')
+  for name, value in entry.items():
+    if name not in fields:
+      raise errors.UserError(
+          f'{where} has no field {name!r}.{errors.nearest(name, fields)} It '
+          f'has: {", ".join(fields)}.')
+    kind = fields[name].type
+    number = kind not in (str, bool) and type(value) is int
+    if not isinstance(value, kind) and not number:
+      raise errors.UserError(
+          f'{where}.{name} is {value!r}; expected '
+          f'{kind.__name__ if type(kind) is type else kind}.')
+  if 'pattern' not in entry:
+    raise errors.UserError(
+        f'{where}.pattern is missing: a regular expression found in the names '
+        'of its parameters.')
+  return Group(**dict(entry.items()))
+
+
+def assign(names, groups: dict[str, Group]) -> dict[str, str | None]:
   """Returns {parameter: name of its group, or None}.
 
   Args:
     names: names of parameters, such as 'decoder/blocks/mlp/up/kernel'.
-    groups: {group: {'pattern': regex found anywhere in the name, ...}}.
+    groups: of `read_groups`.
 
   Raises:
     UserError: a pattern that is no regex or finds nothing, or two patterns
@@ -46,16 +98,16 @@ def assign(names, groups) -> dict[str, str | None]:
   found = dict.fromkeys(names)
   for group, options in groups.items():
     try:
-      hits = [name for name in names if re.search(options['pattern'], name)]
+      hits = [name for name in names if re.search(options.pattern, name)]
     except re.error as error:
       raise errors.UserError(
           f'config.optimizer.groups.{group}.pattern is '
-          f'{options["pattern"]!r}, not a regular expression: {error}.'
+          f'{options.pattern!r}, not a regular expression: {error}.'
       ) from None
     if not hits:
-      near = difflib.get_close_matches(options['pattern'], names, 3, 0.0)
+      near = difflib.get_close_matches(options.pattern, names, 3, 0.0)
       raise errors.UserError(
-          f'config.optimizer.groups.{group}.pattern {options["pattern"]!r} '
+          f'config.optimizer.groups.{group}.pattern {options.pattern!r} '
           f'matches none of {len(names)} parameters. Nearest: '
           f'{", ".join(near)}.')
     for name in hits:
@@ -72,19 +124,20 @@ def split(params, groups):
 
   Args:
     params: nested dict of arrays or ShapeDtypeStructs.
-    groups: see `assign`; those with `freeze=True` are frozen.
+    groups: `config.optimizer.groups`; those with `freeze=True` are frozen.
 
   Returns:
     (trained, frozen): nested dicts that share no leaf. The frozen ones are as
     exact as they came: `cast` them for the step, store them as they are.
 
   Raises:
-    UserError: see `assign`; or nothing is left to train.
+    UserError: see `read_groups` and `assign`; or nothing is left to train.
   """
   flat = _flatten(params)
+  groups = read_groups(groups)
   group = assign(flat, groups)
   frozen = {name for name in flat
-            if group[name] and groups[group[name]].get('freeze', False)}
+            if group[name] and groups[group[name]].freeze}
   if len(frozen) == len(flat):
     raise errors.UserError(
         'config.optimizer.groups freezes every parameter: nothing to train.')
@@ -155,17 +208,18 @@ def adamw(config):
 
 def decay_and_scale(config, params):
   """Adds weight decay and applies each group's factor, by name."""
-  groups = {name: options for name, options in config.groups.items()
-            if not options.get('freeze', False)}
+  groups = {name: options
+            for name, options in read_groups(config.groups).items()
+            if not options.freeze}
   flat = _flatten(params)
   group = assign(flat, groups)
 
   def factors(name, leaf):
-    options = groups[group[name]] if group[name] else {}
-    decay = options.get('weight_decay', None)
+    options = groups[group[name]] if group[name] else Group('')
+    decay = options.weight_decay
     if decay is None:
       decay = config.weight_decay if decays(name, leaf) else 0.0
-    return float(decay), float(options.get('lr_scale', 1.0))
+    return float(decay), float(options.lr_scale)
 
   factor = {name: factors(name, leaf) for name, leaf in flat.items()}
 

@@ -88,6 +88,17 @@ def test_build_names_what_is_wrong(context):
     build(name='loss')
   with pytest.raises(errors.UserError, match='held_out.colum: no such field'):
     build(name='loss', corpus='shapes', colum='raw')
+  for wrong, message in (
+      (dict(batch_size=0), 'held_out.batch_size is 0; allowed: 1 or more'),
+      (dict(batch_size='abc'), "batch_size is 'abc'; expected int"),
+      (dict(batch_size=None), 'batch_size is None; expected int'),
+      (dict(examples=0), 'held_out.examples is 0; allowed: 1 or more'),
+      (dict(examples=True), r'examples is True; expected int \| None'),
+      (dict(split=3), 'held_out.split is 3; expected str'),
+      (dict(image_place='random'), "'random'; allowed: 'before', 'after'")):
+    with pytest.raises(errors.UserError, match=message):
+      build(name='loss', corpus='shapes', **wrong)
+  assert build(name='loss', corpus='shapes', examples=None)
   with pytest.raises(errors.UserError, match="models of the kind 'clip'"):
     build(name='retrieval', corpus='shapes')
   context.image_layout = None

@@ -96,6 +96,15 @@ def test_split_keeps_frozen_parameters_out_of_the_optimizer():
     ({'a': dict(pattern='vision'), 'b': dict(pattern='bias')},
      "vision/projection/bias is in 'a' and in 'b'"),
     ({'a': dict(pattern='.', freeze=True)}, 'nothing to train'),
+    ({'a': dict(pattern='vision', freez=True)},
+     "groups.a has no field 'freez'. Did you mean 'freeze'"),
+    ({'a': dict(pattern='vision', lr_scal=0.1)}, "Did you mean 'lr_scale'"),
+    ({'a': dict(freeze=True)}, 'groups.a.pattern is missing'),
+    ({'a': dict(pattern='vision', freeze='yes')},
+     "groups.a.freeze is 'yes'; expected bool"),
+    ({'a': dict(pattern='vision', freeze=1)}, 'freeze is 1; expected bool'),
+    ({'a': dict(pattern='vision', weight_decay='no')}, 'expected float | None'),
+    ({'a': 'vision'}, "groups.a is 'vision', a value; it has the fields"),
 ])
 def test_bad_groups_are_user_errors(groups, message):
   with pytest.raises(errors.UserError, match=message):
