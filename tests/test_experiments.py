@@ -1,6 +1,9 @@
 """What experiment files declare: tables, predicates, shared and matched runs.
 """
 
+import pathlib
+import re
+
 import jax
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
@@ -180,3 +183,16 @@ def test_an_aligned_row_trains(tmp_path):
       metrics.collapsed(held_out)) == result['stability']['collapsed']
   params = checkpoint.load_params(tmp_path / 'run')
   assert {'aligner', 'teacher', 'vision'} <= set(params)
+
+
+def test_the_ablation_of_the_readme_can_be_run(tmp_path):
+  readme = pathlib.Path(__file__).parents[1] / 'README.md'
+  block = re.search(r'```python\n(# wide.py.*?)```', readme.read_text(), re.S)
+  path = tmp_path / 'wide.py'
+  path.write_text(block.group(1))
+  table = table_lib.declared(str(path))
+  assert set(table.claims) == {'width_helps'} and len(table.seeds) == 8
+  for row in addresses.rows(str(path)):
+    config = config_lib.load(f'{path}:{row}')
+    # Fewer held-out scenes than this are no verdict.
+    assert config.evaluators.caption.examples >= 2000

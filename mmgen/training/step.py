@@ -4,7 +4,9 @@ An objective is an object with
 
   names         of its losses
   coefficients  {name: factor in the total}
-  coupled       whether the loss of an example depends on the other examples
+  coupled       whether the loss of an example depends on the other examples;
+                with `encode` and `couple` (see `objectives/contrastive.py`)
+                it is taken in microbatches through a gradient cache
   weights(batch) -> {name: denominator}, from the batch alone
   __call__(params, frozen, state, batch, rng, step)
                 -> ({name: (sum, weight)}, (new state, aux))
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from mmgen import errors
+from mmgen.objectives import contrastive
 from mmgen.training import metrics as metrics_lib
 
 
@@ -72,13 +75,15 @@ def make_train_step(objective, optimizer, config, layout=None):
     leaves them alone, so the loop may notice it later.
 
   Raises:
-    UserError: microbatches for an objective that couples examples.
+    UserError: microbatches for an objective that couples examples and cannot
+      be split into an encoder and a loss.
   """
   accumulate = config.optimizer.accumulate
   if accumulate < 1:
     raise errors.UserError(
         f'config.optimizer.accumulate is {accumulate}; at least 1.')
-  if objective.coupled and accumulate > 1:
+  if objective.coupled and accumulate > 1 and not hasattr(
+      objective, 'encode'):
     raise errors.UserError(
         f'config.optimizer.accumulate is {accumulate}, but the loss '
         f'{", ".join(objective.names)} couples all examples of a batch; set '
@@ -113,6 +118,9 @@ def make_train_step(objective, optimizer, config, layout=None):
 
 def _gradients(objective, params, frozen, state, batch, rng, step, accumulate):
   """Returns ((loss, {name: loss}, state, aux), gradients) of a whole batch."""
+  if objective.coupled and accumulate > 1:
+    return contrastive.gradient_cache(
+        objective, params, frozen, state, batch, accumulate)
   weights = {name: jnp.where(weight > 0, weight, 1.0)
              for name, weight in objective.weights(batch).items()}
   batch = _number_rows(batch)

@@ -1,6 +1,7 @@
 """Contrastive losses: by hand, coupled over devices and parts, masked."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,14 @@ from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
+import optax
 import pytest
 
 from mmgen.models import clip
 from mmgen.models import text_encoder
 from mmgen.models import vision_encoder
 from mmgen.objectives import contrastive
+from mmgen.training import step as step_lib
 
 B = 8
 CONFIG = clip.ClipConfig(
@@ -220,6 +223,22 @@ def test_gradient_cache_equals_the_whole_batch(params):
   assert_close(cached, jax.tree.map(lambda g: 2 * g, gradient))
   assert state == {'kept': 1}
   assert_close(found, aux)
+
+
+def test_the_train_step_takes_microbatches_through_the_cache(params):
+  def after(accumulate):
+    config = types.SimpleNamespace(
+        seed=0, optimizer=types.SimpleNamespace(accumulate=accumulate))
+    optimizer = optax.sgd(0.5), lambda step: 0.5
+    step = step_lib.make_train_step(
+        contrastive.Contrastive(MODEL), optimizer, config)
+    state = step_lib.init_state(jax.tree.map(jnp.copy, params), optimizer)
+    return step(state, {}, {'a': make_batch()})
+  state, metrics = after(4)
+  whole_state, whole_metrics = after(1)
+  assert_close(state['params'], whole_state['params'])
+  assert metrics.keys() == whole_metrics.keys()
+  np.testing.assert_allclose(metrics['loss'], whole_metrics['loss'], rtol=1e-6)
 
 
 def test_gradient_cache_names_what_does_not_divide(params):
