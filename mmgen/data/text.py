@@ -116,8 +116,9 @@ def train(texts, vocab_size):
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=(f' {text}' for text in texts), model_writer=model, model_type='bpe',
-        vocab_size=vocab_size, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+        sentence_iterator=(f' {text}' for text in texts), model_writer=model,
+        model_type='bpe', vocab_size=vocab_size,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3,
         pad_piece=RESERVED[0], bos_piece=RESERVED[1], eos_piece=RESERVED[2],
         unk_piece=RESERVED[3], control_symbols=list(RESERVED[4:]),
         byte_fallback=True, character_coverage=0.999, split_digits=True,

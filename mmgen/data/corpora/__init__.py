@@ -82,7 +82,8 @@ def manifest(data_dir, corpus):
         f'corpus {corpus} is not in {data_dir}; run: {command}') from error
   except ValueError as error:
     raise errors.UserError(
-        f'{path} is broken ({error}); remove its folder and run: {command}') from error
+        f'{path} is broken ({error}); remove its folder and run: {command}'
+    ) from error
 
 
 def load_tokenizer(data_dir, corpus):
