@@ -138,8 +138,11 @@ def test_softmax_is_float32_in_bfloat16(backend):
 def _equations(jaxpr):
   for equation in jaxpr.eqns:
     yield equation
-    for inner in jax.core.jaxprs_in_params(equation.params):
-      yield from _equations(inner)
+    for value in jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'jaxpr')):
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from _equations(inner)
 
 
 def test_rotary_turns_pairs_by_the_relative_distance():
