@@ -247,11 +247,9 @@ def eve_flops(config, image_size):
 def _patches(images_BIYXC, config):
   """Normalises and cuts: [B, I, P, patch * patch * C]."""
   _grid(images_BIYXC.shape[2:4], config.patch, 'vision.patch')
-  mean = jnp.asarray(config.mean, jnp.float32)[None, None, None]
-  std = jnp.asarray(config.std, jnp.float32)[None, None, None]
-  # In float32, since 1/255 is not exact in bfloat16.
-  pixels = images_BIYXC.reshape(-1, *images_BIYXC.shape[2:])
-  pixels = (pixels.astype(jnp.float32) / 255 - mean) / std
+  pixels = vision_encoder.standardise(
+      images_BIYXC.reshape(-1, *images_BIYXC.shape[2:]), config.mean,
+      config.std)
   patches = vision_encoder.patchify(pixels, config.patch)
   patches = patches.reshape(*images_BIYXC.shape[:2], *patches.shape[1:])
   return partition.constrain(patches, 'batch', None, 'patches', None)

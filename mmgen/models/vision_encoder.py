@@ -115,6 +115,16 @@ class VisionEncoderConfig:
           f'{tuple(self.image_size)}; make the two equal.')
 
 
+def standardise(images_BYXC, mean, std):
+  """uint8 pixels to float32: (x / 255 - mean) / std, by channel.
+
+  In float32, since 1/255 is not exact in bfloat16.
+  """
+  mean = jnp.asarray(mean, jnp.float32)[None, None, None]
+  std = jnp.asarray(std, jnp.float32)[None, None, None]
+  return (images_BYXC.astype(jnp.float32) / 255 - mean) / std
+
+
 def patchify(images_BYXC, patch):
   """Cuts images into patches, row by row: [B, P, patch * patch * C].
 
@@ -199,7 +209,7 @@ class VisionEncoder(nn.Module):
     c.check(images_BYXC.shape[1:3])
     x_BPD = nn.Dense(
         c.width, use_bias=c.stem_bias, dtype=c.dtype, name='patch_embedding'
-    )(patchify(self._normalise(images_BYXC), c.patch))
+    )(patchify(standardise(images_BYXC, c.mean, c.std), c.patch))
     init = nn.initializers.normal(c.width ** -0.5)
     if c.class_token:
       class_D = self.param('class_embedding', init, (c.width,))
@@ -220,13 +230,6 @@ class VisionEncoder(nn.Module):
     if c.pooling == 'map':
       return MapPooling(c.stack, name='head')(x_BPD), out
     return POOLINGS[c.pooling](x_BPD), out
-
-  def _normalise(self, images):
-    c = self.config
-    # In float32, since 1/255 is not exact in bfloat16.
-    mean = jnp.asarray(c.mean, jnp.float32)[None, None, None]
-    std = jnp.asarray(c.std, jnp.float32)[None, None, None]
-    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def sized(size, **overrides):
