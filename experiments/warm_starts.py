@@ -10,7 +10,7 @@ So the mini rows start from
 
 Both see the first half of the training scenes; the experiments that build on
 them use the second half. Their samples, tokens and FLOPs are charged to every
-row that starts from them. Their seed is the row's, modulo 3.
+row that starts from them. Their seed is the row's.
 
   python -m mmgen.train --config=warm_starts:clip
 

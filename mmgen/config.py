@@ -24,9 +24,11 @@ A run is addressed `<experiment>:<row>[:<stage>]`, for instance
   base(scale) -> stage -> row -> row at this scale -> row in this stage
   -> command line -> finalise -> lock.
 
-A run's key hashes what decides its numbers: its config, its seed,
-`RESULT_VERSION`, the keys of its parents and the manifest of its data. Two
-rows with an equal prefix of stages therefore share those runs on disk.
+A run's key hashes what decides what it learns: its config with the model's
+defaults, its seed, `RESULT_VERSION`, the keys of its parents and the manifests
+of its data. Two rows with an equal prefix of stages therefore share those runs
+on disk. How a finished run is scored has a key of its own, so that other or
+newer evaluators ask for another evaluation and not for another training.
 """
 
 import argparse
@@ -41,17 +43,16 @@ import ml_collections
 from mmgen import addresses
 from mmgen import errors
 from mmgen.data import corpora
+from mmgen.evaluators import common as evaluation
 from mmgen.models import clip
 from mmgen.models import multimodal
 
-# Raised whenever a change to the code changes the numbers of an unchanged
-# config; the test of the golden metrics demands it.
+# Raised whenever a change to the code changes what an unchanged config learns;
+# the test of the golden metrics demands it. For its scores there is
+# `evaluators.common.VERSION`.
 RESULT_VERSION = 1
 
 SCALES = ('mini', 'paper')
-# Warm starts are themselves resampled, but not once per seed.
-WARM_START_EXPERIMENT = 'warm_starts'
-WARM_START_SEEDS = 3
 # Below these, a row or the command line may add a field that `base` lacks:
 # whoever reads them knows which fields there are.
 _OPEN = ('mix', 'model', 'objective', 'init', 'optimizer.groups', 'evaluators')
@@ -63,8 +64,11 @@ _REQUIRED = {'mix': ('corpus', 'quota'), 'evaluators': ('name', 'corpus')}
 # The least value of whole numbers.
 _LEAST = dict(steps=1, log_every=1, checkpoint_every=1, eval_every=0)
 DTYPES = ('float32', 'bfloat16')
-# Fields that cannot change a number: they stay out of a run's key.
+# Fields that cannot change a number: they stay out of a run's key. Neither can
+# evaluators, unless the run is followed while it learns (`eval_every`).
 _SILENT_FIELDS = ('name', 'log_every', 'checkpoint_every')
+# What evaluators read of a config, beside their entries and the model.
+_EVALUATED = ('evaluators.', 'image.', 'layout.length', 'dtype')
 
 
 # ---------------------------------------------------------------------------
@@ -248,16 +252,14 @@ def _check_entries(address, group: str, entries, fields):
 def parents(config) -> dict[str, tuple[str, int]]:
   """Returns {part: (address, seed)} for every `init.<part>='run:...'`.
 
-  The seed of a parent is the child's; warm starts are resampled from
-  `WARM_START_SEEDS` seeds only.
+  The seed of a parent is the child's. So it is for warm starts: seeds that
+  shared one would not be independent, and intervals over them too narrow.
   """
   found = {}
   for part, origin in config.init.items():
     if origin.startswith('run:'):
       a = addresses.parse(origin.removeprefix('run:').partition('#')[0])
-      warm = a.experiment == WARM_START_EXPERIMENT
-      found[part] = (str(a), config.seed % (
-          WARM_START_SEEDS if warm else 2**31))
+      found[part] = (str(a), config.seed)
   return found
 
 
@@ -303,14 +305,20 @@ def diff(a, b) -> dict[str, tuple]:
           if a.get(k) != b.get(k)}
 
 
-def corpora_of(config) -> list[str]:
-  """Returns the names of all corpora that a run reads, sorted."""
-  parts = [*config.mix.values(), *config.evaluators.values()]
-  return sorted({part.corpus for part in parts})
+def _digest(*content) -> str:
+  """Returns 12 hex digits over plain values."""
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _manifests(entries, data_dir) -> dict[str, dict]:
+  """Returns {corpus: manifest} of sources or evaluators."""
+  return {entry.corpus: corpora.manifest(data_dir, entry.corpus)
+          for entry in entries.values()}
 
 
 def run_key(config, data_dir) -> str:
-  """Returns 12 hex digits that name the numbers a run will give.
+  """Returns 12 hex digits that name what a run will learn.
 
   Args:
     config: a locked config.
@@ -320,21 +328,39 @@ def run_key(config, data_dir) -> str:
     UserError: a corpus is not prepared.
   """
   flat = {k: v for k, v in flatten(config).items()
-          if k not in _SILENT_FIELDS and not k.startswith('init.')}
-  manifests = {name: corpora.manifest(data_dir, name)
-               for name in corpora_of(config)}
+          if k not in _SILENT_FIELDS
+          and not k.startswith(('init.', 'evaluators.'))}
   ancestors = {
       part: run_key(load(address, config.scale, seed=seed), data_dir)
       for part, (address, seed) in parents(config).items()}
   files = {part: origin for part, origin in config.init.items()
            if origin.startswith('file:')}
-  text = json.dumps([flat, ancestors, files, source_parts(config),
-                     RESULT_VERSION, manifests], sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
+  # Defaults count: a published size that is mended is another model.
+  model = repr(build_model(config, vocab=1).config)
+  followed = evaluation_key(config, data_dir) if config.eval_every else ''
+  return _digest(flat, model, ancestors, files, source_parts(config),
+                 RESULT_VERSION, _manifests(config.mix, data_dir), followed)
+
+
+def evaluation_key(config, data_dir) -> str:
+  """Returns 12 hex digits that name how a run's parameters are scored.
+
+  Args:
+    config: a locked config.
+    data_dir: folder of the prepared corpora, whose manifests count.
+
+  Raises:
+    UserError: a corpus is not prepared.
+  """
+  flat = {k: v for k, v in flatten(config).items() if k.startswith(_EVALUATED)}
+  return _digest(flat, evaluation.VERSION,
+                 _manifests(config.evaluators, data_dir))
 
 
 def run_folder(config, workdir, data_dir) -> epath.Path:
   """Returns the run's folder: the one with its key, or a new readable name.
+
+  A row that learns the same as another one shares its folder, and its name.
 
   Raises:
     UserError: `workdir` is a file, or a corpus is not prepared.

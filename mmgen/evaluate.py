@@ -56,12 +56,12 @@ def evaluate(run, data_dir, names=None, progress=lambda name: None):
       image_layout=run.image_layout, data_dir=data_dir,
   ))
   with checkpoint.writing(run.folder):
-    scores, fingerprints = evaluators_lib.run_all(
-        evaluators, run.params, run.folder, progress
-    )
     result = dict(
-        name=run.config.name, step=run.step, scores=scores,
-        fingerprints=fingerprints, device=jax.devices()[0].device_kind,
+        name=run.config.name, step=run.step,
+        **evaluators_lib.run_all(
+            evaluators, run.params, run.folder, progress
+        ),
+        device=jax.devices()[0].device_kind,
         git_revision=checkpoint.git_revision(),
     )
     path = run.folder / 'evaluation.json'

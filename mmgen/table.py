@@ -41,8 +41,9 @@ Only `title` and `metrics` are needed. The fields of a column, a claim (kinds
 'greater', 'equal', 'trend', 'interaction', 'margin') and a control are
 described in `mmgen.tables.claims`, the rules of a verdict in
 `mmgen.tables.verdicts`. An 'aa' control trains its row at further seeds (1000
-and up). Claims, seeds, budget, account and exclusions are hashed when a table
-first runs; a claim that changes afterwards is marked exploratory.
+and up). Each claim is hashed when a table first runs, with its rows (their
+configs, and those of all runs they start from), the seeds, budget, account and
+exclusions; a claim that changes afterwards is marked exploratory.
 
 `--tune` trains every row at every peak learning rate of `tuning.grid` with the
 tuning seeds, scores it on a split that judges nothing, and prints the best
@@ -57,7 +58,6 @@ A file of your own, outside the repository, is run by its path:
 
 import argparse
 from collections.abc import Mapping
-import datetime
 import json
 import signal
 import sys
@@ -101,20 +101,6 @@ def loss_fall(rows) -> float | None:
   return float(-slope * steps[-1] / first)
 
 
-def _examples(folder, columns: Mapping[str, claims.Column]) -> dict[str, int]:
-  """Counts the held-out examples behind each column's score."""
-  counts = {}
-  for column in columns.values():
-    evaluator, _, kind = column.score.partition('/')
-    kind = kind.split('@')[0]  # retrieval: both directions are in one file
-    seen = [p for p in report.predictions(folder, evaluator)
-            if p['condition'] == 'picture']
-    if seen:
-      of_kind = sum(p['type'] == kind for p in seen)
-      counts[column.score] = of_kind or len(seen)
-  return counts
-
-
 def _account(keys, runs) -> dict[str, float]:
   """Sums what some runs consumed; parameters are those of the first."""
   results = [runs[key].result for key in keys]
@@ -125,30 +111,47 @@ def _account(keys, runs) -> dict[str, float]:
 
 def outcome(
     row: str, seed: int, key: str, runs: Mapping[str, run_graph.Run],
-    failed: Mapping[str, run_graph.Failure],
-    columns: Mapping[str, claims.Column]) -> summary.Outcome:
+    failed: Mapping[str, run_graph.Failure]) -> summary.Outcome:
   """Reads what the last run of a row left behind."""
   if key in failed:
     return summary.Outcome(row, seed, None, failed[key].why)
   run, chain = runs[key], run_graph.ancestors(key, runs)
+  results = [runs[k].result for k in chain]
   here = addresses.parse(run.address).experiment
   own = [k for k in chain
          if addresses.parse(runs[k].address).experiment == here]
-  finished = (run.folder / 'result.json').stat().mtime
   return summary.Outcome(
       row, seed, run.result, account=_account(chain, runs),
-      own=_account(own, runs), examples=_examples(run.folder, columns),
+      own=_account(own, runs), examples=run.result['examples'],
       loss_fall=loss_fall(metrics.read_rows(run.folder)),
-      revisions=tuple(runs[k].result['git_revision'] for k in chain),
-      date=datetime.date.fromtimestamp(finished).isoformat())
+      unplaced=max(r['unplaced'] / (r['unplaced'] + r['samples'])
+                   for r in results),
+      revisions=tuple(r['git_revision'] for r in results),
+      date=run.result['date'])
 
 
-def freeze(path, table: claims.Table) -> dict[str, str]:
+def declared_runs(
+    name: str, table: claims.Table, scale: str, data_dir) -> dict[str, str]:
+  """Returns {row: what it trains and how it is scored} of all rows to run.
+
+  The keys of the run that a row ends in, at the first seed: they cover its
+  config, those of all runs it starts from, the pictures and RESULT_VERSION.
+  """
+  found = {}
+  for row in addresses.rows(name):
+    if row not in table.not_run:
+      config = config_lib.load(f'{name}:{row}', scale, seed=table.seeds[0])
+      found[row] = (f'{config_lib.run_key(config, data_dir)}.'
+                    f'{config_lib.evaluation_key(config, data_dir)}')
+  return found
+
+
+def freeze(path, hashes: dict[str, str]) -> dict[str, str]:
   """Stores the hashes of all claims, once; returns those stored."""
   if not path.exists():
     with checkpoint.writing(path.parent):
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(claims.frozen_hashes(table), indent=1))
+      path.write_text(json.dumps(hashes, indent=1))
   return json.loads(path.read_text())
 
 
@@ -326,12 +329,15 @@ def run_table(args) -> int:
     return 0
   tuned, departures = _tuned(args, rows, table)
   folder = _folder(args, args.scale)
-  frozen = freeze(folder / 'table.frozen.json', table)
+  hashes = claims.hashes(table, declared_runs(
+      args.experiment, table, args.scale, args.data_dir))
+  frozen = freeze(folder / 'table.frozen.json', hashes)
   failed = _execute(args, runs)
-  outcomes = [outcome(*wanted, key, runs, failed, table.metrics)
+  outcomes = [outcome(*wanted, key, runs, failed)
               for wanted, key in keys.items()]
+  changed = [claim for claim in hashes if hashes[claim] != frozen.get(claim)]
   said = summary.summarise(
-      args.experiment, table, rows, outcomes, frozen, args.scale)
+      args.experiment, table, rows, outcomes, changed, args.scale)
   said['other_scale'] = _other_scale(args)
   said['tuning'] = tuned
   said['warnings'] += departures

@@ -11,15 +11,16 @@ Leaves in the run's folder
   checkpoints/      see `training/checkpoint.py`; frozen/ beside it
   predictions/      <evaluator>.jsonl, one line per example
   result.json       scores and accounts, written last: the run is finished
+  results/          the same under earlier evaluators
 
 A run that is finished is not run again; one that was cut off goes on from its
-last complete checkpoint, bit for bit as if nothing had happened.
+last complete checkpoint, bit for bit as if nothing had happened. One whose
+evaluators have changed is scored again, not trained again.
 """
 
 import argparse
 import contextlib
 import functools
-import json
 import logging
 import signal
 import sys
@@ -65,8 +66,10 @@ def train(config, folder, data_dir, parents=None) -> dict:
     SystemExit: after SIGTERM, with everything saved.
   """
   folder = epath.Path(folder)
-  if (folder / 'result.json').exists():
-    return json.loads((folder / 'result.json').read_text())
+  evaluation = config_lib.evaluation_key(config, data_dir)
+  finished = run_lib.read_result(folder, evaluation)
+  if finished:
+    return finished
 
   # --------------------------------------------------------------- mesh, data
   mesh = sharding.make_mesh(config.mesh)
@@ -103,10 +106,10 @@ def train(config, folder, data_dir, parents=None) -> dict:
     state = _loop(run, step, state, frozen, mesh, example)
 
   # ----------------------------------------------------------- scores, result
-  scores = run.evaluate(config.steps, state, frozen)
-  result = run.result(scores, state, frozen, mesh)
+  found = run.evaluate(config.steps, state, frozen)
+  result = run.result(found | {'evaluation': evaluation}, state, frozen, mesh)
   run.close()
-  run_lib.write_json(folder / 'result.json', result)
+  run_lib.write_result(folder, result)
   return result
 
 

@@ -48,8 +48,10 @@ def predictions(right, examples):
           for condition in ('picture', 'grey') for i in range(examples))
 
 
-def result(run, score):
+def result(run, score, examples=2000):
   return dict(
+      evaluation=run.evaluation, date='2026-01-01', unplaced=0,
+      examples={'vqa/accuracy': examples},
       scores={'vqa/accuracy': score, **{f'vqa/accuracy/{c}': 0.05 for c in (
           'blind', 'grey', 'shuffled')}},
       fingerprints={'vqa': 'f'}, samples=100, text_tokens=1000,
@@ -65,7 +67,8 @@ def write_run(run, score, examples=2000):
   (run.folder / 'metrics.jsonl').write_text(''.join(
       json.dumps(dict(step=i, loss=3 * math.exp(-i / 9) + 1)) + '\n'
       for i in range(1, 101)))
-  (run.folder / 'result.json').write_text(json.dumps(result(run, score)))
+  (run.folder / 'result.json').write_text(
+      json.dumps(result(run, score, examples)))
 
 
 TUNING = """

@@ -7,6 +7,7 @@ import pytest
 from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
+from mmgen.models import multimodal
 
 EXPERIMENT = '''
 import ml_collections
@@ -182,9 +183,34 @@ def test_key_follows_what_decides_numbers(path, monkeypatch):
   monkeypatch.setattr(config_lib, 'RESULT_VERSION', 10**6)
   assert key() != before
   before = key()
+  monkeypatch.setitem(config_lib.BUILDERS, 'multimodal', _deeper)
+  assert key() != before  # what a published size stands for was changed
+  before = key()
   monkeypatch.setattr(
       config_lib.corpora, 'manifest', lambda data_dir, name: {'hash': 'new'})
   assert key() != before
+
+
+def _deeper(config, vocab):
+  config = config.copy_and_resolve_references().unlock()
+  config.model.decoder.layers += 1
+  return multimodal.build(config, vocab)
+
+
+def test_a_score_has_a_key_of_its_own(path, monkeypatch):
+  def keys(*overrides):
+    c = config_lib.load(f'{path}:plain', overrides=[
+        'evaluators.vqa.name=vqa', 'evaluators.vqa.corpus=a', *overrides])
+    return (config_lib.run_key(c, 'data'),
+            config_lib.evaluation_key(c, 'data'))
+  run, evaluation = keys()
+  examples = 'evaluators.vqa.examples=77'
+  assert keys('optimizer.peak_lr=0.5')[1] == evaluation
+  assert keys(examples)[0] == run and keys(examples)[1] != evaluation
+  # A run that is followed while it learns has its scores in its curves.
+  assert keys('eval_every=2', examples)[0] != keys('eval_every=2')[0]
+  monkeypatch.setattr(config_lib.evaluation, 'VERSION', 10**6)
+  assert keys()[0] == run and keys()[1] != evaluation
 
 
 def test_rows_with_one_prefix_share_its_folder(path, tmp_path):

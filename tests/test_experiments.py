@@ -80,6 +80,8 @@ def test_tables_share_their_runs(key):
     assert key(f'eve/stage1:{arm}_x1') == key(f'eve/stage1:{arm}_t:pretrain')
   assert key('eve/stage1:with_x1:prealign') == key(
       'eve/stage1:with_2t:prealign') == key('eve/encoder:eve_aligned:prealign')
+  # Nor do mini and paper scale: a published size is another model.
+  assert key('eve/encoder:eve') != key('eve/encoder:eve', 'paper')
   # At paper scale one table is of 33M pictures, the other of 0.5M.
   assert key('eve/alignment:plain', 'paper') != key('eve/encoder:eve', 'paper')
 

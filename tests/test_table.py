@@ -1,15 +1,11 @@
 """The command: what runs, what is written, what fails it."""
 
-import json
-
 import pytest
 import table_lab
 
 from mmgen import addresses
 from mmgen import errors
 from mmgen import table
-from mmgen.tables import claims
-from mmgen.tables import run_graph
 from mmgen.tables import text_table
 
 
@@ -117,6 +113,24 @@ def test_a_claim_that_changes_afterwards_is_exploratory(lab):
   assert 'exploratory' in lab.said['claims'][0]['notes'][0]
 
 
+@pytest.mark.parametrize('old, new, changed', [
+    ("'patches': {}", "'patches': {'steps': 77}", True),
+    ("{'steps': 3}", "{'steps': 4}", True),  # the warm start of clip
+    ("'patches': {}", "'patches': {'evaluators.vqa.examples': 7}", True),
+    ("'patches': {}", "'patches': {'log_every': 7}", False),
+])
+def test_a_row_that_changes_afterwards_makes_its_claim_exploratory(
+    lab, old, new, changed):
+  lab.run('--seeds=0', '--rows=broken')
+  for path in (lab.path, lab.root / 'warm.py'):
+    path.write_text(path.read_text().replace(old, new))
+  addresses.experiment.cache_clear()
+  lab.run('--seeds=0')
+  notes = lab.said['claims'][0]['notes']
+  assert notes == ['exploratory: it or its rows changed after the first run'
+                  ] * changed
+
+
 @pytest.mark.parametrize('argument, message', [
     ('--rows=clp', "no row 'clp' to run. Did you mean 'clip'"),
     ('--rows=hd', "no row 'hd' to run"),
@@ -138,28 +152,6 @@ def test_an_experiment_without_a_table(lab):
 def test_tables_of_the_repository_are_well_formed(capsys):
   table.main(['--list'])
   assert 'quickstart: ' in capsys.readouterr().out
-
-
-def test_examples_are_counted_by_question_type(lab):
-  run, = run_graph.plan([(f'{lab.path}:patches', 0)], 'mini', lab.root / 'r',
-                        lab.root)[0].values()
-  table_lab.write_run(run, 0.5, examples=40)
-  columns = {'a': claims.Column('vqa/accuracy'),
-             'b': claims.Column('vqa/what'), 'c': claims.Column('loss/loss')}
-  assert table._examples(run.folder, columns) == {
-      'vqa/accuracy': 40, 'vqa/what': 30}
-
-
-def test_examples_of_retrieval_are_counted_in_one_direction(lab):
-  run, = run_graph.plan([(f'{lab.path}:patches', 0)], 'mini', lab.root / 'r',
-                        lab.root)[0].values()
-  (run.folder / 'predictions').mkdir(parents=True)
-  (run.folder / 'predictions' / 'retrieval.jsonl').write_text(''.join(
-      json.dumps(dict(condition='picture', type=direction)) + '\n'
-      for direction in ('image_to_text', 'text_to_image') for _ in range(20)))
-  columns = {'a': claims.Column('retrieval/image_to_text@5')}
-  assert table._examples(run.folder, columns) == {
-      'retrieval/image_to_text@5': 20}
 
 
 def test_fall_of_a_loss_by_hand():

@@ -28,6 +28,7 @@ from mmgen.data import pipeline as pipeline_lib
 from mmgen.models import multimodal
 from mmgen.training import checkpoint
 from mmgen.training import metrics as metrics_lib
+from mmgen.training import run as run_lib
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fakes
@@ -79,7 +80,8 @@ class Scorer:
     self.predictions = []
 
   def run(self, params):
-    self.predictions = [{'id': 'é', 'prediction': 'x'}]
+    self.predictions = [
+        {'id': 'é', 'condition': 'picture', 'type': 'what'}]
     yield 'sum', float(jnp.sum(params['decoder']['embedding']))
     yield 'sum/blind', 0.5
 
@@ -137,6 +139,7 @@ def test_result_keeps_the_accounts(whole):
   pipeline = _open_pipeline(_config(), '')
   documents = [pipeline.stats(step)['fake']['documents'] for step in range(24)]
   assert result['samples'] == sum(documents)
+  assert result['unplaced'] == 24 * 8 - sum(documents)
   params = checkpoint.load_params(folder)
   assert result['parameters'] == sum(x.size for x in jax.tree.leaves(params))
   assert result['steps'] == 24 and result['seconds'] > 0
@@ -164,13 +167,29 @@ def test_scores_and_predictions_are_written(whole):
           if 'scores/toy/sum' in row]
   assert [row['step'] for row in rows] == [16, 24]
   assert (folder / 'predictions' / 'toy.jsonl').read_text() == (
-      '{"id": "é", "prediction": "x"}\n')
+      '{"id": "é", "condition": "picture", "type": "what"}\n')
 
 
 def test_finished_run_is_returned_at_once(whole, monkeypatch):
   folder, result = whole
   monkeypatch.setattr(pipeline_lib, 'open_pipeline', None)
   assert train_lib.train(_config(), folder, '') == result
+
+
+def test_other_evaluators_score_a_finished_run_without_a_step(
+    whole, tmp_path, monkeypatch):
+  folder, first = shutil.copytree(whole[0], tmp_path / 'run'), whole[1]
+  assert first['examples'] == {'toy/sum': 1, 'toy/sum/blind': 1}
+  monkeypatch.setattr(config_lib.evaluation, 'VERSION', 10**6)
+  rows = _columns(folder)
+  second = train_lib.train(_config(), folder, '')
+  assert second['evaluation'] != first['evaluation']
+  assert second['scores'] == first['scores'] and _columns(folder) == rows
+  for name in (*metrics_lib.COUNTS, 'flops', 'unplaced', 'stability'):
+    assert second[name] == first[name], name
+  assert run_lib.read_result(folder, second['evaluation']) == second
+  assert run_lib.read_result(folder, first['evaluation']) == first
+  assert run_lib.read_result(folder, 'other') is None
 
 
 # ---------------------------------------------------------------------------

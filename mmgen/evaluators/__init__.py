@@ -10,6 +10,7 @@ is found before any training. Then
   fingerprint   12 hex digits over all that can shift a score
 """
 
+import collections
 import dataclasses
 import json
 from typing import Any
@@ -92,20 +93,32 @@ def run_all(evaluators, params, folder, progress=lambda name: None):
     progress: called with each evaluator's name before it runs.
 
   Returns:
-    (scores {'<name>/<score>': value}, fingerprints {name: fingerprint}).
+    dict: 'scores' {'<name>/<score>': value}, 'examples' {'<name>/<score>':
+    held-out examples behind it}, 'fingerprints' {name: fingerprint}.
   """
-  scores = {}
+  scores, examples = {}, {}
   folder = epath.Path(folder) / 'predictions'
   folder.mkdir(parents=True, exist_ok=True)
   for name, evaluator in evaluators.items():
     progress(name)
     for score, value in evaluator.run(params):
       scores[f'{name}/{score}'] = value
+    types = collections.Counter(
+        p['type'] for p in evaluator.predictions
+        if p['condition'] == 'picture'
+    )
+    for score in scores:
+      if score.startswith(f'{name}/'):  # of one type ('vqa/what'), or of all
+        kind = score.split('/')[1].split('@')[0]
+        examples[score] = types.get(kind) or types.total()
     lines = [
         json.dumps(p, ensure_ascii=False) for p in evaluator.predictions
     ]
     (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
-  return scores, {n: e.fingerprint for n, e in evaluators.items()}
+  return dict(
+      scores=scores, examples=examples,
+      fingerprints={n: e.fingerprint for n, e in evaluators.items()},
+  )
 
 
 EVALUATORS = {

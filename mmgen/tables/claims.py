@@ -312,18 +312,24 @@ def _check_margin(claim: Claim, column: Column, where: str):
 # Frozen declarations
 
 
-def frozen_hashes(table: Table) -> dict[str, str]:
+def hashes(table: Table, runs: Mapping[str, str]) -> dict[str, str]:
   """Returns a hash of each claim with all that decides its verdict.
 
-  The claim (predicate, d), the seeds, the tuning, the budget, the matched
-  account and the exclusions. A claim whose hash differs from the one stored at
-  the first confirmatory run was changed with results in sight.
+  The claim (predicate, d), its rows, the seeds, the tuning, the budget, the
+  matched account and the exclusions. A claim whose hash differs from the one
+  stored at the first confirmatory run was changed with results in sight.
+
+  Args:
+    table: the declared table.
+    runs: {row: key of what it trains and how it is scored}, without the rows
+      that are not run.
   """
   tuning = table.tuning and dataclasses.astuple(table.tuning)
   shared = (table.seeds, table.tuning_seeds, tuning, table.budget,
             table.account, table.exclusions)
   columns = {name: dataclasses.astuple(c) for name, c in table.metrics.items()}
   return {name: hashlib.sha256(json.dumps(
-      [dataclasses.astuple(claim), columns[claim.metric], shared],
+      [dataclasses.astuple(claim), columns[claim.metric], shared,
+       [runs.get(row) for row in claim.all_rows]],
       default=str).encode()).hexdigest()
           for name, claim in table.claims.items()}

@@ -22,9 +22,11 @@ import numpy as np
 from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
+from mmgen.training import run as run_lib
 
 DONE = 'done'
 DIVERGED = 'diverged'
+TRAINED = 'to score'
 CUT_OFF = 'cut off'
 MISSING = 'to run'
 
@@ -51,6 +53,7 @@ class Run:
     seed: its seed.
     config: its locked config.
     folder: where it is or will be.
+    evaluation: how it is scored, of `config.evaluation_key`.
     parents: keys of the runs whose parameters it takes.
     overrides: pairs (dotted field, value) set over the row's.
   """
@@ -58,20 +61,23 @@ class Run:
   seed: int
   config: object
   folder: epath.Path
+  evaluation: str
   parents: tuple[str, ...]
   overrides: tuple[tuple[str, object], ...] = ()
 
   @property
   def state(self) -> str:
-    for name, state in (('result.json', DONE), ('not_finite.json', DIVERGED),
+    if self.result:
+      return DONE
+    for name, state in (('result.json', TRAINED), ('not_finite.json', DIVERGED),
                         ('checkpoints', CUT_OFF)):
       if (self.folder / name).exists():
         return state
     return MISSING
 
   @property
-  def result(self) -> dict:
-    return json.loads((self.folder / 'result.json').read_text())
+  def result(self) -> dict | None:
+    return run_lib.read_result(self.folder, self.evaluation)
 
   @property
   def divergence(self) -> str:
@@ -129,11 +135,13 @@ def plan(targets, scale: str, workdir, data_dir):
       config = config_lib.load(address, scale, overrides, seed)
       parents = tuple(visit(*parent)
                       for parent in config_lib.parents(config).values())
-      key = config_lib.run_key(config, data_dir)
+      evaluation = config_lib.evaluation_key(config, data_dir)
+      key = f'{config_lib.run_key(config, data_dir)}.{evaluation}'
       # Two rows may name one run differently: the first name stays.
       if key not in runs:
         folder = config_lib.run_folder(config, workdir, data_dir)
-        runs[key] = Run(address, seed, config, folder, parents, overrides)
+        runs[key] = Run(address, seed, config, folder, evaluation, parents,
+                        overrides)
       keys[target] = key
       open_.pop()
     return keys[target]
@@ -231,7 +239,7 @@ def execute(runs: Mapping[str, Run], start: Callable[[Run], str | None],
       seconds.setdefault(run.address, []).append(
           result['seconds'] + result['evaluation_seconds'])
   todo = {key: run for key, run in runs.items()
-          if run.state in (CUT_OFF, MISSING)}
+          if run.state in (TRAINED, CUT_OFF, MISSING)}
   left = list(todo.values())
   for key, run in runs.items():
     broken = [p for p in run.parents if p in failed]
@@ -239,7 +247,7 @@ def execute(runs: Mapping[str, Run], start: Callable[[Run], str | None],
       failed[key] = Failure(f'starts from {runs[broken[0]]}, which failed',
                             failed[broken[0]].crashed)
     elif key in todo:
-      how = ', resumed' if run.state == CUT_OFF else ''
+      how = {CUT_OFF: ', resumed', TRAINED: ', scored anew'}.get(run.state, '')
       say(f'run {len(todo) - len(left) + 1} of {len(todo)}: {run}{how}'
           f'{_time_left(left, seconds)}')
       began = time.monotonic()

@@ -21,6 +21,8 @@ CEILING_SHARE = 0.9
 FLAT_LOSS = 0.01
 # Accounts of matched rows may differ by the last, partly filled batch.
 ACCOUNT_TOLERANCE = 0.01
+# The share of documents left out, above which a table warns.
+UNPLACED = 0.01
 CONDITIONS = ('blind', 'grey', 'shuffled')
 
 
@@ -37,6 +39,8 @@ class Outcome:
     own: the same without the runs of other experiments.
     examples: {score: held-out examples that it averages}.
     loss_fall: relative fall of the training loss over the last tenth.
+    unplaced: share of the documents drawn that had no place in a row or could
+      not be read; the largest of all runs that were charged.
     revisions: of the code, of all runs that were charged.
     date: when it finished.
   """
@@ -48,6 +52,7 @@ class Outcome:
   own: Mapping[str, float] = dataclasses.field(default_factory=dict)
   examples: Mapping[str, int] = dataclasses.field(default_factory=dict)
   loss_fall: float | None = None
+  unplaced: float = 0.0
   revisions: tuple[str, ...] = ()
   date: str = ''
 
@@ -188,7 +193,7 @@ def preconditions(
   return flags
 
 
-def _judge_claim(name, claim, table, outcomes, frozen, scale) -> dict:
+def _judge_claim(name, claim, table, outcomes, changed, scale) -> dict:
   by_row = scores(table.metrics[claim.metric], outcomes)
   seeds = verdicts.common_seeds([by_row.get(r, {}) for r in claim.all_rows])
   values = {role: np.array([[by_row[row][s] for s in seeds] for row in names])
@@ -204,8 +209,8 @@ def _judge_claim(name, claim, table, outcomes, frozen, scale) -> dict:
                if o.row in claim.all_rows and o.seed in seeds)
   if failed:
     notes.append(f'failed runs counted at chance: {failed}')
-  if frozen.get(name) != claims.frozen_hashes(table)[name]:
-    notes.append('exploratory: declared or changed after the first run')
+  if name in changed:
+    notes.append('exploratory: it or its rows changed after the first run')
   outside = sorted(set(seeds) - set(table.seeds))
   if outside:
     notes.append(f'exploratory: undeclared seeds {outside}')
@@ -274,9 +279,16 @@ def _apart(amounts: Mapping[str, float], rows: Sequence[str]) -> bool:
   return bool(held) and min(held) < (1 - ACCOUNT_TOLERANCE) * max(held)
 
 
-def _warnings(table: claims.Table, rows, results, revisions) -> list[str]:
+def _warnings(table: claims.Table, rows, outcomes, revisions) -> list[str]:
   """What makes the rows of a table less comparable than they look."""
   found = []
+  results = [o.result for o in outcomes if o.result]
+  for row in dict.fromkeys(o.row for o in outcomes):
+    worst = max(o.unplaced for o in outcomes if o.row == row)
+    if worst > UNPLACED:
+      found.append(f'{row} left out up to {worst:.1%} of its documents: they '
+                   'did not fit into the rows or could not be read (python -m '
+                   'mmgen.look shows which)')
   amounts = {row['name']: row['own'][table.account] for row in rows
              if row['own'][table.account] is not None}
   pairs = [pair for claim in table.claims.values() for pair in claim.pairs]
@@ -306,7 +318,7 @@ def _warnings(table: claims.Table, rows, results, revisions) -> list[str]:
 
 
 def summarise(experiment: str, table: claims.Table, rows: Sequence[str],
-              outcomes: Sequence[Outcome], frozen: Mapping[str, str],
+              outcomes: Sequence[Outcome], changed: Sequence[str],
               scale: str) -> dict:
   """Joins a table with its outcomes.
 
@@ -316,7 +328,7 @@ def summarise(experiment: str, table: claims.Table, rows: Sequence[str],
     rows: rows to show, in their order.
     outcomes: of the rows' last stages; those of the second half of an A/A
       control have seeds from `claims.OTHER_SEEDS` on.
-    frozen: {claim: hash}, as stored at the first confirmatory run.
+    changed: claims that are not what they were at the first confirmatory run.
     scale: of the runs.
 
   Returns:
@@ -327,7 +339,7 @@ def summarise(experiment: str, table: claims.Table, rows: Sequence[str],
       r for r in table.not_run if r not in rows))]
   results = [o.result for o in outcomes if o.result]
   revisions = sorted({revision for o in outcomes for revision in o.revisions})
-  judged = [_judge_claim(name, claim, table, first, frozen, scale)
+  judged = [_judge_claim(name, claim, table, first, changed, scale)
             for name, claim in table.claims.items()]
   for claim, p in zip(judged, verdicts.holm([c['p'] for c in judged])):
     claim['p_holm'] = p
@@ -341,7 +353,7 @@ def summarise(experiment: str, table: claims.Table, rows: Sequence[str],
       rows=shown, claims=judged,
       controls=[_judge_control(name, control, table, outcomes)
                 for name, control in table.controls.items()],
-      warnings=_warnings(table, shown, results, revisions),
+      warnings=_warnings(table, shown, outcomes, revisions),
       failed=sum(o.result is None for o in outcomes),
       provenance=dict(
           git_revision=revisions, device=sorted({r['device'] for r in results}),

@@ -1,5 +1,6 @@
 """What a run writes into its folder while it is trained, and how it ends."""
 
+import datetime
 import json
 import logging
 import math
@@ -29,6 +30,34 @@ def write_json(path, content):
       draft.replace(path)
 
 
+def read_result(folder, evaluation: str) -> dict | None:
+  """Returns a finished run's result under one evaluation; None without it.
+
+  Args:
+    folder: epath of the run.
+    evaluation: of `config.evaluation_key`.
+  """
+  for path in (folder / 'result.json',
+               folder / 'results' / f'{evaluation}.json'):
+    if path.exists():
+      result = json.loads(path.read_text())
+      if result['evaluation'] == evaluation:
+        return result
+  return None
+
+
+def write_result(folder, result: dict):
+  """Writes `result.json`; an older one, scored otherwise, goes to `results/`.
+  """
+  path = folder / 'result.json'
+  if path.exists() and jax.process_index() == 0:
+    with checkpoint.writing(folder):
+      (folder / 'results').mkdir(exist_ok=True)
+      older = json.loads(path.read_text())['evaluation']
+      path.rename(folder / 'results' / f'{older}.json')
+  write_json(path, result)
+
+
 class NotFinite(Exception):
   """A step whose loss or gradient was not finite."""
 
@@ -44,7 +73,6 @@ class Run:
     start: steps that were done before.
     totals: sums of `metrics.COUNTS` over all steps so far.
     flops: of one step on all devices; set before the first step.
-    fingerprints: of the evaluators, once they have run.
   """
 
   def __init__(self, config, flat, folder, pipeline, evaluators, checkpointer,
@@ -56,8 +84,8 @@ class Run:
       flat: the same as {dotted field: value}.
       folder: of the run.
       pipeline: gives the batches.
-      evaluators: (parameters, folder) -> ({score: value}, {evaluator:
-        fingerprint}), which also stores the predictions.
+      evaluators: (parameters, folder) -> {'scores': {name: value},
+        'examples', 'fingerprints'}, which also stores the predictions.
       checkpointer: of the folder.
       extras: of the checkpoint to go on from; {} at a fresh start.
     """
@@ -71,7 +99,6 @@ class Run:
         [*extras.get('revisions', []), checkpoint.git_revision()]))
     self.flops = 0
     self._began = time.perf_counter() - extras.get('seconds', 0.0)
-    self.fingerprints = {}
     self._scored, self._evaluation_seconds = None, 0.0
     self._progress = self._shown = None
     index = jax.process_index()
@@ -122,27 +149,28 @@ class Run:
         step, loss, since['text_tokens'] + since['visual_tokens'],
         since['images'])
 
-  def evaluate(self, step: int, state, frozen) -> dict[str, float]:
+  def evaluate(self, step: int, state, frozen) -> dict[str, dict]:
     """Runs all evaluators, once a step, and writes down their scores.
 
     Returns:
-      {'<evaluator>/<score>': value}.
+      dict: 'scores' {'<evaluator>/<score>': value}, 'examples' and
+      'fingerprints', for `result`.
     """
     if self._scored and self._scored[0] == step:
       return self._scored[1]
     began = time.perf_counter()
     params = common.merge(state['params'], frozen)
     with checkpoint.writing(self.folder):
-      scores, self.fingerprints = self._evaluators(params, self.folder)
-    if scores:
-      named = {f'scores/{name}': value for name, value in scores.items()}
+      found = self._evaluators(params, self.folder)
+    if found['scores']:
+      named = {f'scores/{name}': x for name, x in found['scores'].items()}
       self._writer.write(step, named)
       self._writer.plot(step, named)
     seconds = time.perf_counter() - began
     self._evaluation_seconds += seconds
     self._began += seconds
-    self._scored = step, scores
-    return scores
+    self._scored = step, found
+    return found
 
   def save(self, step: int, state):
     """Starts a checkpoint; the rows up to it are on disk before it is."""
@@ -191,11 +219,20 @@ class Run:
     with checkpoint.writing(self.folder):
       self._writer.close()
 
-  def result(self, scores, state, frozen, mesh) -> dict:
+  def result(self, found, state, frozen, mesh) -> dict:
     """Returns the content of `result.json`.
 
     A run whose held-out loss was followed has the score 'stability/collapsed'
-    beside those of its evaluators; see `metrics.stability`.
+    beside those of its evaluators; see `metrics.stability`. Documents that had
+    no place in a row, or could not be read, are `unplaced`: each step draws
+    the same number of them, so that what was not seen is what was left out.
+
+    Args:
+      found: what `evaluate` returned after the last step, and the
+        'evaluation' that it was.
+      state: train state.
+      frozen: frozen parameters.
+      mesh: the mesh.
     """
     config, totals = self.config, dict(self.totals)
     if config.layout.name == 'pair':  # pictures take no positions of a row
@@ -205,11 +242,15 @@ class Run:
     with checkpoint.writing(self.folder):
       self._writer.flush()
     stability = metrics_lib.stability(metrics_lib.read_rows(self.folder))
+    scores = dict(found['scores'])
     if 'collapsed' in stability:  # a table may have a column of it
-      scores = {**scores, 'stability/collapsed': stability['collapsed']}
+      scores['stability/collapsed'] = stability['collapsed']
+    groups = sum(source.quota for source in config.mix.values())
+    drawn = config.steps * groups * config.layout.documents
     return dict(
-        name=config.name, scale=config.scale, seed=config.seed, scores=scores,
-        fingerprints=self.fingerprints, steps=config.steps, **totals,
+        name=config.name, scale=config.scale, seed=config.seed,
+        **found | {'scores': scores}, steps=config.steps, **totals,
+        unplaced=drawn - totals['samples'],
         flops=self.flops * config.steps,
         parameters=count(state['params']) + count(frozen),
         trained_parameters=count(state['params']),
@@ -217,4 +258,4 @@ class Run:
         evaluation_seconds=self._evaluation_seconds,
         device=jax.devices()[0].device_kind, devices=jax.device_count(),
         mesh=dict(mesh.shape), git_revision=', '.join(self.revisions),
-        stability=stability)
+        stability=stability, date=datetime.date.today().isoformat())

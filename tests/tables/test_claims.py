@@ -9,6 +9,7 @@ from mmgen import errors
 from mmgen.tables import claims
 
 ROWS = ('clip', 'patches', 'broken', 's')
+RUNS = {row: f'key of {row}' for row in ROWS}  # what each row trains
 GAP = dict(kind='greater', a='clip', b='patches', metric='vqa', d=0.03,
            text='A trained encoder helps.')
 TABLE = dict(
@@ -162,17 +163,25 @@ def test_a_claim_may_name_a_row_that_is_not_run():
     changed(metrics={'vqa': dict(score='vqa/accuracy', ceiling=0.5)}),
 ])
 def test_what_decides_a_verdict_changes_its_hash(other):
-  before = claims.frozen_hashes(claims.parse(TABLE, ROWS))
-  assert claims.frozen_hashes(other) != before
+  before = claims.hashes(claims.parse(TABLE, ROWS), RUNS)
+  assert claims.hashes(other, RUNS) != before
 
 
 def test_the_tuning_changes_the_hash_of_a_claim():
   other = {**TUNED, 'tuning': {**TUNED['tuning'], 'stage': 'two'}}
-  assert claims.frozen_hashes(changed(**other)) != (
-      claims.frozen_hashes(changed(**TUNED)))
+  assert claims.hashes(changed(**other), RUNS) != (
+      claims.hashes(changed(**TUNED), RUNS))
 
 
 def test_what_does_not_decide_it_does_not():
   table = claims.parse(TABLE, ROWS)
   other = dataclasses.replace(table, title='Other', published_source='blog')
-  assert claims.frozen_hashes(other) == claims.frozen_hashes(table)
+  assert claims.hashes(other, RUNS) == claims.hashes(table, RUNS)
+
+
+def test_what_a_row_trains_changes_the_hashes_of_its_claims():
+  table = claims.parse(TABLE, ROWS)
+  here, before = set(table.claims['gap'].all_rows), claims.hashes(table, RUNS)
+  for row in RUNS:
+    after = claims.hashes(table, RUNS | {row: 'other'})
+    assert (after['gap'] != before['gap']) == (row in here)

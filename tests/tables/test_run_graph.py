@@ -12,6 +12,7 @@ from mmgen import addresses
 from mmgen import config
 from mmgen import errors
 from mmgen.tables import run_graph
+from mmgen.training import run as run_lib
 
 real = subprocess.Popen
 WARM = '''
@@ -51,7 +52,8 @@ def short(run):
 def finish(run, seconds=60.0):
   run.folder.mkdir(parents=True, exist_ok=True)
   (run.folder / 'result.json').write_text(json.dumps(
-      {'seconds': seconds / 2, 'evaluation_seconds': seconds / 2}))
+      {'seconds': seconds / 2, 'evaluation_seconds': seconds / 2,
+       'evaluation': run.evaluation}))
 
 
 def test_parents_come_first_and_shared_runs_once(toy, tmp_path):
@@ -101,7 +103,9 @@ def test_the_command_of_a_run_names_that_very_run(
   parser = argparse.ArgumentParser()
   config.add_arguments(parser)
   there = config.from_arguments(*parser.parse_known_args(commands[0][3:]))
-  assert config.run_key(there, tmp_path) == key
+  assert config.run_folder(there, tmp_path / 'runs', tmp_path) == run.folder
+  assert key == (f'{config.run_key(there, tmp_path)}.'
+                 f'{config.evaluation_key(there, tmp_path)}')
   assert there.optimizer.peak_lr == rate
 
 
@@ -132,6 +136,29 @@ def test_what_is_finished_is_not_run_again(toy, tmp_path):
   runs, _ = planned(toy, tmp_path, [('b', 0), ('a', 0)])
   assert run_graph.execute(runs, start, said.append) == {}
   assert len(started) == 4
+
+
+def test_what_is_scored_otherwise_is_scored_anew_and_not_trained(
+    toy, tmp_path):
+  examples = (('evaluators.vqa.examples', 99),)
+  first, _ = planned(toy, tmp_path, [('a', 0)])
+  run_graph.execute(first, finish, lambda line: None)
+  runs, _ = run_graph.plan(
+      [run_graph.Target(f'{toy}:a:two', 0, more) for more in ((), examples)],
+      'mini', tmp_path / 'runs', tmp_path)
+  *_, old, new = runs.values()
+  assert new.folder == old.folder and len(runs) == 4
+  assert [old.state, new.state] == [run_graph.DONE, run_graph.TRAINED]
+  said = []
+
+  def score(run):
+    run_lib.write_result(run.folder, {
+        'seconds': 1, 'evaluation_seconds': 1, 'evaluation': run.evaluation})
+
+  run_graph.execute(runs, score, said.append)
+  assert said == [f'run 1 of 1: {new}, scored anew, about 60 s left']
+  assert [old.state, new.state] == [run_graph.DONE] * 2
+  assert old.result['seconds'] == 30 and new.result['seconds'] == 1
 
 
 def test_what_was_cut_off_is_resumed_with_an_estimate(toy, tmp_path):

@@ -39,10 +39,9 @@ PATCHES = outcomes('patches', 0.4)
 CLIP = [outcome('clip', s, 0.5 + 0.004 * s) for s in EIGHT]
 
 
-def say(found, table=None, frozen=None, scale='mini'):
+def say(found, table=None, changed=(), scale='mini'):
   table = table or declared()
-  frozen = claims.frozen_hashes(table) if frozen is None else frozen
-  return summary.summarise('e', table, ['clip', 'patches'], found, frozen,
+  return summary.summarise('e', table, ['clip', 'patches'], found, changed,
                            scale)
 
 
@@ -224,11 +223,8 @@ def test_p_values_of_a_table_are_adjusted_together():
 
 
 def test_what_changed_after_the_first_run_is_exploratory():
-  before = claims.frozen_hashes(declared())
-  assert claim([*CLIP, *PATCHES], frozen=before)['notes'] == []
-  after = declared(budget='longer')
-  assert 'exploratory' in claim([*CLIP, *PATCHES], table=after,
-                                frozen=before)['notes'][0]
+  assert claim([*CLIP, *PATCHES], changed=['other'])['notes'] == []
+  assert 'exploratory' in claim([*CLIP, *PATCHES], changed=['gap'])['notes'][0]
   undeclared = claim([*outcomes('clip', 0.5, [9]),
                       *outcomes('patches', 0.4, [9])])
   assert undeclared['notes'] == ['exploratory: undeclared seeds [9]']
@@ -306,3 +302,11 @@ def test_a_score_that_no_run_has_is_named():
                        ('clip', 'patches'))
   assert "no run has the score 'vqa/acuracy'" in say(
       CLIP, table=table)['warnings'][0]
+
+
+@pytest.mark.parametrize('unplaced, warned', [(0.009, False), (0.04, True)])
+def test_documents_that_were_left_out_are_said(unplaced, warned):
+  odd = [outcome('patches', 0, 0.4, unplaced=unplaced), *PATCHES[1:]]
+  said = say([*CLIP, *odd])['warnings']
+  assert any('patches left out up to 4.0%' in w for w in said) == warned
+  assert not any('clip left out' in w for w in said)
