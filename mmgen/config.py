@@ -311,6 +311,21 @@ def _digest(*content) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def _settings(config) -> dict[str, object]:
+  """Returns the fields of a dataclass that are not at their default.
+
+  An option that is added later changes no key.
+  """
+  found = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      found[field.name] = _settings(value)
+    elif value != field.default:
+      found[field.name] = value
+  return found
+
+
 def _manifests(entries, data_dir) -> dict[str, dict]:
   """Returns {corpus: manifest} of sources or evaluators."""
   return {entry.corpus: corpora.manifest(data_dir, entry.corpus)
@@ -335,8 +350,9 @@ def run_key(config, data_dir) -> str:
       for part, (address, seed) in parents(config).items()}
   files = {part: origin for part, origin in config.init.items()
            if origin.startswith('file:')}
-  # Defaults count: a published size that is mended is another model.
-  model = repr(build_model(config, vocab=1).config)
+  # What a published size stands for counts too: if it is mended, it is
+  # another model.
+  model = _settings(build_model(config, vocab=1).config)
   followed = evaluation_key(config, data_dir) if config.eval_every else ''
   return _digest(flat, model, ancestors, files, source_parts(config),
                  RESULT_VERSION, _manifests(config.mix, data_dir), followed)

@@ -1,5 +1,6 @@
 """Rows, overrides, keys and folders of configs."""
 
+import dataclasses
 import json
 
 import pytest
@@ -189,6 +190,22 @@ def test_key_follows_what_decides_numbers(path, monkeypatch):
   monkeypatch.setattr(
       config_lib.corpora, 'manifest', lambda data_dir, name: {'hash': 'new'})
   assert key() != before
+
+
+def test_an_option_that_a_run_leaves_alone_is_not_in_its_key():
+  @dataclasses.dataclass(frozen=True)
+  class Inner:
+    width: int
+    bias: bool = False
+
+  @dataclasses.dataclass(frozen=True)
+  class Outer:
+    inner: Inner
+    tap: int = -2
+
+  assert config_lib._settings(Outer(Inner(8))) == {'inner': {'width': 8}}
+  assert config_lib._settings(Outer(Inner(8, True), -1)) == {
+      'inner': {'width': 8, 'bias': True}, 'tap': -1}
 
 
 def _deeper(config, vocab):
