@@ -65,7 +65,7 @@ def open_run(folder) -> Run:
     UserError: no run folder, or no complete checkpoint in it.
   """
   config = read_config(folder)
-  tokenizer = text.Tokenizer.from_bytes(checkpoint.load_tokenizer(folder))
+  tokenizer = text.Tokenizer.from_bytes(checkpoint.tokenizer_bytes(folder))
   return Run(
       folder=epath.Path(folder),
       config=config,

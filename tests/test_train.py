@@ -126,7 +126,7 @@ def test_run_learns_and_leaves_a_self_sufficient_folder(whole):
   assert len(loss) == 24 and np.mean(loss[-4:]) < 0.8 * loss[0]
   flat = json.loads((folder / 'config.json').read_text())
   assert config_lib.flatten(config_lib.unflatten(flat)) == flat
-  assert checkpoint.load_tokenizer(folder) == b'letters'
+  assert checkpoint.tokenizer_bytes(folder) == b'letters'
   assert set(checkpoint.load_params(folder)) == {'decoder', 'vision'}
   assert json.loads((folder / 'result.json').read_text()) == result
 

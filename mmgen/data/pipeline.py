@@ -204,11 +204,11 @@ def open_pipeline(
   """
   names = [entry.corpus for entry in config.mix.values()]
   return Pipeline(config, data_dir, image_layout,
-                  load_tokenizer(data_dir, names), process_index,
+                  shared_tokenizer(data_dir, names), process_index,
                   process_count)
 
 
-def load_tokenizer(data_dir, names: list[str]) -> text.Tokenizer:
+def shared_tokenizer(data_dir, names: list[str]) -> text.Tokenizer:
   """The tokenizer that all of the named corpora share.
 
   Raises:

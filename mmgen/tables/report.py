@@ -20,6 +20,7 @@ from mmgen.tables import text_table
 from mmgen.training import checkpoint
 
 PICTURES = 12  # of each evaluator
+NO_BREAK = '\N{NO-BREAK SPACE}'
 
 STYLE = '''
 :root { --ink:#1d2433; --soft:#667085; --line:#e4e7ec; --paper:#fff;
@@ -42,7 +43,7 @@ td { text-align:right; padding:10px 12px; border-bottom:1px solid #f0f2f5;
   vertical-align:top }
 tr:last-child td { border-bottom:0 }
 th:first-child, td:first-child { text-align:left; padding-left:0 }
-td.best b { color:var(--accent) } td .soft { display:block; white-space:nowrap }
+td.best b { color:var(--accent) } td .soft { display:block }
 .chip { display:inline-block; border-radius:999px; padding:2px 10px;
   font-size:12.5px; font-weight:600; background:#eef1f5; color:#475467 }
 .reproduced { background:#dff5e9; color:#05603a }
@@ -98,6 +99,11 @@ def _soft(text: str) -> str:
   return _tag('span', html.escape(text), 'soft') if text else ''
 
 
+def _unbroken(text: str) -> str:
+  """Lets a line break at its middle dots only."""
+  return text.replace(' ', NO_BREAK).replace(f'{NO_BREAK}·{NO_BREAK}', ' · ')
+
+
 def _chip(text: str, css: str = '') -> str:
   return _tag('span', html.escape(text), f'chip {css}'.strip())
 
@@ -121,8 +127,9 @@ def _main_table(said: dict) -> str:
     for name, column in columns.items():
       cell = row['cells'][name]
       text = _tag('b', text_table.mean_and_spread(cell, column))
-      text += _soft(text_table.interval(cell, column))
-      text += _soft(text_table.siblings(cell, column))
+      for below in (text_table.interval(cell, column),
+                    text_table.siblings(cell, column)):
+        text += _soft(_unbroken(below))
       if cell['published'] is not None:
         text += _soft(f'published {text_table.published(row, name)}')
       line.append((text, 'best' if row['name'] in best[name] else ''))
@@ -242,13 +249,13 @@ def _pictures(data_dir, corpus: str, split: str, ids) -> dict:
   return found
 
 
-def gallery(runs, evaluator: str, entry, data_dir) -> str:
+def gallery(runs, evaluator: str, corpus: str, data_dir) -> str:
   """Shows held-out pictures with the answer of every row.
 
   Args:
     runs: {row: folder}.
     evaluator: its name in the configs.
-    entry: its config, for corpus and split.
+    corpus: that it reads.
     data_dir: folder of the prepared corpora.
 
   Returns:
@@ -258,14 +265,15 @@ def gallery(runs, evaluator: str, entry, data_dir) -> str:
                 for p in predictions(folder, evaluator)
                 if p['condition'] == 'picture' and 'prediction' in p}
           for row, folder in runs.items()}
-  asked = {}  # one question of each picture
+  asked, split = {}, None  # one question of each picture
   for answers in said.values():
     for key, p in answers.items():
       asked.setdefault(p['id'], key)
+      split = p['split']
   asked = dict(list(asked.items())[:PICTURES])
   if not asked:
     return ''
-  pictures = _pictures(data_dir, entry.corpus, entry.split, asked)
+  pictures = _pictures(data_dir, corpus, split, asked)
   cards = []
   for name, key in asked.items():
     replies = {row: answers[key] for row, answers in said.items()
@@ -351,14 +359,14 @@ def write(folder, said: dict, runs, data_dir):
   """
   folder = epath.Path(folder)
   folders = {row: run[0] for row, run in runs.items()}
-  entries = {}
+  read = {}
   for column in said['columns'].values():
     evaluator = column['score'].split('/')[0]
     for _, config in runs.values():
       if evaluator in config.evaluators:
-        entries.setdefault(evaluator, config.evaluators[evaluator])
-  galleries = {name: gallery(folders, name, entry, data_dir)
-               for name, entry in entries.items()}
+        read.setdefault(evaluator, config.evaluators[evaluator].corpus)
+  galleries = {name: gallery(folders, name, corpus, data_dir)
+               for name, corpus in read.items()}
   texts = {'table.json': json.dumps(said, indent=1) + '\n',
            'table.md': text_table.markdown(said),
            'report.html': page(said, plots.curves(folders), galleries)}

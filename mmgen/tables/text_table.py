@@ -266,19 +266,21 @@ def _grid(head, rows) -> str:
 def markdown(said: dict) -> str:
   """Returns `table.md`: the table, claims, controls, accounts, origin."""
   columns = said['columns']
+  printed = [c for c in columns if any(
+      row['cells'][c]['published'] is not None for row in said['rows'])]
   seeds = ', '.join(map(str, said['declared_seeds']))
   parts = [
       f'# {said["title"]}',
       f'`{said["experiment"]}` at {said["scale"]} scale. Source: '
       f'{said["source"] or "none"}. Matched account: {said["account"]}. '
       f'Budget: {said["budget"] or "not stated"}. Declared seeds: {seeds}.',
-      _grid(['row', *columns, *(f'{c}, published' for c in columns)],
+      _grid(['row', *columns, *(f'{c}, published' for c in printed)],
             [[row['name'],
               *('\n'.join(filter(None, (
                   mean_and_spread(row['cells'][c], columns[c]),
                   interval(row['cells'][c], columns[c]),
                   siblings(row['cells'][c], columns[c])))) for c in columns),
-              *(published(row, c) for c in columns)] for row in said['rows']]),
+              *(published(row, c) for c in printed)] for row in said['rows']]),
       about_scores(said)]
   if said['claims']:
     other = 'paper' if said['scale'] == 'mini' else 'mini'

@@ -328,7 +328,7 @@ def load_extras(folder) -> dict:
     return manager.restore(step, args=args)['extras']
 
 
-def load_tokenizer(folder) -> bytes:
+def tokenizer_bytes(folder) -> bytes:
   """Returns the serialised tokenizer that a run was trained with."""
   with _open(folder) as (manager, step):
     args = ocp.args.Composite(tokenizer=ocp.args.JsonRestore())

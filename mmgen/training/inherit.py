@@ -97,7 +97,7 @@ def check_vocabulary(params, parents, tokenizer):
     if not any(_VOCABULARY.search(name) and part in (ALL, _top(name))
                for name in params):
       continue
-    stored = checkpoint.load_tokenizer(folder)
+    stored = checkpoint.tokenizer_bytes(folder)
     if stored == tokenizer.bytes:
       continue
     old = text.Tokenizer.from_bytes(stored)

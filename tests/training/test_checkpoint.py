@@ -90,7 +90,7 @@ def test_reads_one_part_onto_a_mesh(run):
 
 def test_tokenizer_and_extras_come_back(run):
   folder, _ = run
-  assert checkpoint.load_tokenizer(folder) == b'\0\xff'
+  assert checkpoint.tokenizer_bytes(folder) == b'\0\xff'
   assert checkpoint.load_extras(folder)['config'] == {'a': [1, 2]}
 
 
