@@ -261,6 +261,19 @@ def test_kills_at_random_moments_change_nothing(whole, tmp_path):
 # Meshes
 
 
+@pytest.fixture(scope='module')
+def hundred(tmp_path_factory):
+  """The losses of 100 steps on 8 devices that share out the rows."""
+  folder = tmp_path_factory.mktemp('hundred')
+  with pytest.MonkeyPatch.context() as patch:
+    _install(patch)
+    train_lib.train(_config(**HUNDRED), folder, '')
+  return _column(folder, 'loss')
+
+
+HUNDRED = dict(steps=100, eval_every=0, checkpoint_every=100)
+
+
 @pytest.mark.parametrize('fields', [
     {'mesh.data': 1, 'mesh.fsdp': 8},
     {'mesh.data': 2, 'mesh.fsdp': 4},
@@ -268,18 +281,18 @@ def test_kills_at_random_moments_change_nothing(whole, tmp_path):
      'optimizer.accumulate': 4},
     'one device',
 ])
-def test_meshes_and_microbatches_agree(whole, tmp_path, monkeypatch, fields):
+def test_meshes_and_microbatches_agree(
+    hundred, tmp_path, monkeypatch, fields):
   if fields == 'one device':
     make = train_lib.sharding.make_mesh
     monkeypatch.setattr(train_lib.sharding, 'make_mesh',
                         lambda config: make(config, jax.devices()[:1]))
     fields = {}
-  config = _config(checkpoint_every=24, **fields)
-  train_lib.train(config, tmp_path, '')
-  a, b = _column(tmp_path, 'loss'), _column(whole[0], 'loss')
-  assert len(a) == len(b) == 24
-  np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
-  np.testing.assert_allclose(a, b, rtol=1e-3)
+  train_lib.train(_config(**HUNDRED, **fields), tmp_path, '')
+  loss = _column(tmp_path, 'loss')
+  assert len(loss) == len(hundred) == 100
+  np.testing.assert_allclose(loss[0], hundred[0], rtol=1e-6)
+  np.testing.assert_allclose(loss, hundred, rtol=1e-3)
 
 
 # ---------------------------------------------------------------------------
@@ -361,6 +374,29 @@ def test_frozen_parts_come_from_another_run_and_survive_restarts(
   assert 'vision' in stored and 'decoder' not in stored
   train_lib.train(config, _cut_off(straight, cut, 4), '', {'decoder': '/gone'})
   assert _columns(straight) == _columns(cut)
+
+
+def test_bfloat16_follows_float32(whole, tmp_path, monkeypatch):
+  """Trained parameters stay float32, frozen ones are stored as computed with.
+  """
+  fields = {'steps': 24, 'model.vision.patch': 8, 'optimizer.groups': {
+      'text': dict(pattern='^decoder/', freeze=True)}}
+  dtypes, loop = {}, train_lib._loop
+
+  def spy(run, step, state, frozen, *rest):
+    of = lambda tree: {x.dtype.name for x in jax.tree.leaves(tree)}
+    dtypes[run.config.dtype] = of(state['params']), of(frozen)
+    return loop(run, step, state, frozen, *rest)
+
+  monkeypatch.setattr(train_lib, '_loop', spy)
+  for dtype in ('float32', 'bfloat16'):
+    train_lib.train(_config(dtype=dtype, **fields), tmp_path / dtype, '',
+                    {'decoder': whole[0]})
+  assert dtypes == {'float32': ({'float32'}, {'float32'}),
+                    'bfloat16': ({'float32'}, {'bfloat16'})}
+  half, full = (_column(tmp_path / d, 'loss') for d in ('bfloat16', 'float32'))
+  np.testing.assert_allclose(half, full, rtol=0.03)
+  assert half != full
 
 
 # ---------------------------------------------------------------------------

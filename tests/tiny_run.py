@@ -8,11 +8,13 @@ import ml_collections
 
 from mmgen import config as config_lib
 from mmgen.data import corpora
+from mmgen.models import clip
 from mmgen.models import multimodal
 from mmgen.training import checkpoint
 
 CORPUS = 'shapes/tiny'
 STEP = 7
+MODULES = {'multimodal': multimodal, 'clip': clip}
 
 
 def config(vision=True):
@@ -44,17 +46,21 @@ def prepare(data_dir):
   return data_dir
 
 
+def untrained(model, module, chosen):
+  """Parameters that are not indifferent: logits differ between words."""
+  params = model.init(
+      jax.random.key(3),
+      module.example_batch(model.config, chosen.image.size))['params']
+  return jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 1 else leaf,
+                      params)
+
+
 def make(folder, data_dir, **options):
   """Writes a run folder as training does; returns its path."""
   folder, chosen = pathlib.Path(folder), config(**options)
   tokenizer = corpora.load_tokenizer(data_dir, CORPUS)
   model = config_lib.build_model(chosen, tokenizer.vocab_size)
-  params = model.init(
-      jax.random.key(3),
-      multimodal.example_batch(model.config, chosen.image.size))['params']
-  # Untrained but not indifferent: logits that differ between words.
-  params = jax.tree.map(lambda leaf: leaf * 20 if leaf.ndim > 1 else leaf,
-                        params)
+  params = untrained(model, multimodal, chosen)
   folder.mkdir(parents=True)
   flat = config_lib.flatten(chosen)
   (folder / 'config.json').write_text(json.dumps(flat))
