@@ -388,7 +388,13 @@ def run_folder(config, workdir, data_dir) -> epath.Path:
       raise errors.UserError(
           f'--workdir={workdir} is a file; give a folder, or the name of a new '
           'one.')
-    for path in workdir.iterdir():
+    try:
+      there = list(workdir.iterdir())
+    except OSError as error:
+      raise errors.UserError(
+          f'--workdir={workdir} cannot be read: {error.strerror}. Give another '
+          'folder.') from error
+    for path in there:
       if path.name.endswith(f'-{key}'):
         return path
   name = config.name.replace('/', '.').replace(':', '.').lstrip('.')

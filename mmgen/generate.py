@@ -20,6 +20,7 @@ from etils import epath
 import numpy as np
 from PIL import Image
 from PIL import ImageOps
+from PIL import UnidentifiedImageError
 from rich import console as rich_console
 
 from mmgen import errors
@@ -51,9 +52,12 @@ def read_picture(path):
       image = ImageOps.exif_transpose(image).convert('RGBA')
   # What Pillow raises for broken files differs from format to format.
   except Exception as error:
-    why = 'no such file' if isinstance(error, FileNotFoundError) else (
-        'a folder' if isinstance(error, IsADirectoryError) else
-        f'{type(error).__name__}: {" ".join(str(error).split())}'
+    known = {
+        FileNotFoundError: 'no such file', IsADirectoryError: 'a folder',
+        UnidentifiedImageError: 'its bytes are of no known format',
+    }
+    why = known.get(
+        type(error), f'{type(error).__name__}: {" ".join(str(error).split())}'
     )
     raise errors.UserError(
         f'--image={path} cannot be read as a picture ({why}); give a PNG, '

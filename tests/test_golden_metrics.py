@@ -3,7 +3,8 @@
 The first steps of a tiny run of each objective, and the arrays of batches of a
 drawn corpus, are stored beside `config.RESULT_VERSION`. If a change to the
 code moves them, finished runs on disk no longer stand for what the code would
-compute: raise RESULT_VERSION, which gives every run a new key, then MMGEN_UPDATE_GOLDEN=1 python -m pytest tests/test_golden_metrics.py.
+compute: raise RESULT_VERSION, which gives every run a new key, then
+MMGEN_UPDATE_GOLDEN=1 python -m pytest tests/test_golden_metrics.py.
 """
 
 import json

@@ -347,8 +347,8 @@ def unpacked(
   for d, x in zip(documents, laid):
     if len(x.tokens) > length:
       raise errors.UserError(
-          f'document {d.id!r} takes {len(x.tokens)} slots, a row has {length}: '
-          'raise layout.length or shorten the text')
+          f'document {d.id!r} takes {len(x.tokens)} slots; a row of this run '
+          f'has {length} (layout.length). Shorten its text.')
     if len(x.images) > images:
       raise errors.UserError(
           f'document {d.id!r} has {len(x.images)} pictures, a row has {images}'

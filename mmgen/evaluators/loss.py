@@ -112,6 +112,7 @@ class Evaluator:
       weights.append(np.asarray(weight_B, np.float64)[valid])
     return np.concatenate(sums), np.concatenate(weights)
 
+  @functools.cached_property
   def _blind_losses(self):
     """(sums f64[N], weights f64[N]) of the training split's token counts."""
     counts_V = np.ones(self.context.tokenizer.vocab_size)
@@ -135,7 +136,7 @@ class Evaluator:
     conditions = ('picture',) if blind else common.CONDITIONS
     for condition in (*conditions, 'blind'):
       sums, weights = (
-          self._blind_losses() if condition == 'blind'
+          self._blind_losses if condition == 'blind'
           else self._model_losses(params, condition)
       )
       for record, nats, weight in zip(self.records, sums, weights):

@@ -236,7 +236,7 @@ def test_unpacked_drops_nothing_and_says_what_does_not_fit():
   arrays = layout.unpacked(documents, LETTERS, LLAVA, 13, 1)
   np.testing.assert_array_equal((arrays['segments'] > 0).sum(1), [13, 9, 11])
   np.testing.assert_array_equal(arrays['images'][:, 0, 0, 0, 0], [5, 1, 3])
-  with pytest.raises(errors.UserError, match="'d' takes 13 slots, a row"):
+  with pytest.raises(errors.UserError, match="'d' takes 13 slots; a row"):
     layout.unpacked(documents, LETTERS, LLAVA, 12, 1)
   with pytest.raises(errors.UserError, match='layout.images'):
     layout.unpacked(

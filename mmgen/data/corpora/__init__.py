@@ -196,8 +196,8 @@ def open_split(data_dir, corpus, split):
             'mask': tfds.decode.SkipDecoding()})
   except (ValueError, AssertionError) as error:
     raise errors.UserError(
-        f"split {split!r} of {corpus} is no slice such as 'train[:50%]': "
-        f'{" ".join(str(error).split())}') from error
+        f'split {split!r} of {corpus} holds no record or is no slice such as '
+        f"'train[:50%]': {' '.join(str(error).split())}") from error
   return Split(source, split, about['names'])
 
 
