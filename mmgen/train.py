@@ -35,6 +35,7 @@ from mmgen import errors
 from mmgen import evaluators as evaluators_lib
 from mmgen.data import pipeline as pipeline_lib
 from mmgen.objectives import alignment
+from mmgen.objectives import common
 from mmgen.objectives import contrastive
 from mmgen.objectives import next_token
 from mmgen.training import checkpoint
@@ -169,11 +170,11 @@ def _init(config, model, objective, mesh, example):
   def variables(key):
     found = dict(model.init(key, row))
     own = getattr(objective, 'init', lambda key: {})(
-        step_lib.purpose_key(key, 'objective'))
+        common.purpose_key(key, 'objective'))
     return {**found.pop('params'), **own}, found
 
   groups = config.optimizer.groups
-  key = step_lib.purpose_key(jax.random.key(config.seed), 'init')
+  key = common.purpose_key(jax.random.key(config.seed), 'init')
   params, _ = jax.eval_shape(variables, key)
   optimizer = optimizer_lib.make_optimizer(
       config.optimizer, config.steps, optimizer_lib.split(params, groups)[0])

@@ -98,11 +98,36 @@ def rotary(x_BTNH, positions_BT, theta):
   inverse = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles = jnp.einsum('BT,H->BTH', positions_BT.astype(jnp.float32), inverse,
                       precision='highest')[:, :, None, :]
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x_BTNH.dtype)
+  return jnp.concatenate(
+      _turn(first, second, angles), axis=-1).astype(x_BTNH.dtype)
+
+
+def grid_rotary(x_BTNH, positions_BT2, theta):
+  """Rotates neighbours (2i, 2i + 1): half of the pairs by row, half by column.
+
+  Pair i of each half turns by position * theta^(-4i/H) (EVA-02, arXiv
+  2303.11331, section 2.1, released code).
+
+  Args:
+    x_BTNH: queries or keys; H is a multiple of 4.
+    positions_BT2: (row, column), any real numbers; B may be 1. (0, 0) leaves a
+      token as it is, exactly.
+    theta: base of the frequencies.
+  """
+  quarter = x_BTNH.shape[-1] // 4
+  inverse = theta ** (-jnp.arange(quarter, dtype=jnp.float32) / quarter)
+  angles = jnp.einsum('BTA,H->BTAH', positions_BT2.astype(jnp.float32), inverse,
+                      precision='highest')
+  angles = angles.reshape(*angles.shape[:2], 1, 2 * quarter)
+  pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)
+  turned = jnp.stack(_turn(pairs[..., 0], pairs[..., 1], angles), axis=-1)
+  return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+
+
+def _turn(first, second, angles):
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  return first * cos - second * sin, second * cos + first * sin
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, scale=None, bias=None,
@@ -168,3 +193,4 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, mask, scale, bias):
 
 
 BACKENDS = {'plain': _plain, 'xla': _xla}
+ROTARY = {'line': rotary, 'grid': grid_rotary}

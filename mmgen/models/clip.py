@@ -25,6 +25,7 @@ class ClipConfig:
     embed: width E of the common space.
     vision_projection: a matrix behind the image tower. Without it E is the
       width of that tower (SigLIP).
+    vision_projection_bias: its bias (EVA-CLIP up to 5B).
     text_projection_bias: bias of the matrix behind the text tower.
     logit_scale: initial factor of the cosines; its logarithm is trained.
     logit_scale_max: bound of that logarithm, for `Contrastive.project`; None
@@ -35,6 +36,7 @@ class ClipConfig:
   text: text_encoder.TextEncoderConfig
   embed: int
   vision_projection: bool = True
+  vision_projection_bias: bool = False
   text_projection_bias: bool = False
   logit_scale: float = 1 / 0.07
   logit_scale_max: float | None = math.log(100)
@@ -55,9 +57,11 @@ class Clip(nn.Module):
     self.vision = vision_encoder.VisionEncoder(c.vision)
     self.text = text_encoder.TextEncoder(c.text)
     if c.vision_projection:
+      # EVA-CLIP starts with embeddings near zero, 0.02 * 0.001.
+      std = 2e-5 if c.vision.init == 'eva' else c.vision.width ** -0.5
       self.vision_projection = nn.Dense(
-          c.embed, use_bias=False, dtype=c.vision.dtype,
-          kernel_init=nn.initializers.normal(c.vision.width ** -0.5))
+          c.embed, use_bias=c.vision_projection_bias, dtype=c.vision.dtype,
+          kernel_init=nn.initializers.normal(std))
     self.text_projection = nn.Dense(
         c.embed, use_bias=c.text_projection_bias, dtype=c.text.dtype,
         kernel_init=nn.initializers.normal(c.text.width ** -0.5))
@@ -72,21 +76,23 @@ class Clip(nn.Module):
 
     Args:
       batch: images uint8 [B, Y, X, 3], tokens [B, T], valid [B, T], as
-        `layout.pair` makes them.
+        `layout.pair` makes them; in training with patch dropout also kept
+        [B, P], see `vision_encoder.draw_patches`.
 
     Returns:
       ((image_BE, text_BE), out): normalised float32 embeddings; out has the
       towers' own `out`, prefixed 'vision/' and 'text/'.
     """
-    image_BE, image_out = self.encode_image(batch['images'])
+    image_BE, image_out = self.encode_image(
+        batch['images'], kept_BP=batch.get('kept'))
     text_BE, text_out = self.encode_text(batch['tokens'], batch['valid'])
     out = {f'vision/{k}': v for k, v in image_out.items()}
     out |= {f'text/{k}': v for k, v in text_out.items()}
     return (image_BE, text_BE), out
 
-  def encode_image(self, images_BYXC, taps=()):
+  def encode_image(self, images_BYXC, taps=(), kept_BP=None):
     """Returns (image_BE, out): normalised float32 embeddings of images."""
-    pooled_BD, out = self.vision.encode(images_BYXC, taps)
+    pooled_BD, out = self.vision.encode(images_BYXC, taps, kept_BP)
     out['pooled'] = pooled_BD
     if self.config.vision_projection:
       pooled_BD = self.vision_projection(pooled_BD)
@@ -158,13 +164,15 @@ def example_batch(config, image_size):
               valid=jnp.ones((1, config.text.length), bool))
 
 
-def flops(config, length=None):
+def flops(config, length=None, train=False):
   """Forward FLOPs of one pair; 2 for each multiply-add.
 
-  The product of all embeddings of a batch B adds 2 * B * E a pair.
+  The product of all embeddings of a batch B adds 2 * B * E a pair. `train`
+  counts the patches that training keeps only.
   """
   c = config
-  total = vision_encoder.flops(c.vision) + text_encoder.flops(c.text, length)
+  total = vision_encoder.flops(c.vision, train=train)
+  total += text_encoder.flops(c.text, length)
   total += 2 * c.text.width * c.embed
   return total + (2 * c.vision.width * c.embed if c.vision_projection else 0)
 
@@ -181,6 +189,14 @@ def _siglip(vision, text):
       logit_scale_max=None, logit_bias=-10.0)
 
 
+def _eva(vision, text, embed, **fields):
+  return ClipConfig(vision_encoder.SIZES[vision], text_encoder.SIZES[text],
+                    embed, **{'vision_projection_bias': True, **fields})
+
+
+# Above 5B the temperature is constant (arXiv 2402.04252, tables 12 and 13).
+_EVA_LARGE = dict(vision_projection_bias=False, logit_scale=100.0)
+
 SIZES = {
     'mini': _openai('mini', 'mini', 128),
     'clip-b32': _openai('clip-b32', 'clip-b', 512),
@@ -191,4 +207,14 @@ SIZES = {
     'siglip-l16-256': _siglip('siglip-l16-256', 'siglip-l'),
     'siglip-so400m': _siglip('siglip-so400m', 'siglip-so400m'),
     'siglip-so400m-384': _siglip('siglip-so400m-384', 'siglip-so400m-384'),
+    'eva01-g14': _eva('eva01-g14', 'openclip-l', 1024),
+    'eva01-g14-plus': _eva('eva01-g14-plus', 'openclip-h', 1024),
+    'eva02-b16': _eva('eva02-b16', 'openclip-b', 512),
+    'eva02-l14': _eva('eva02-l14', 'openclip-l', 768),
+    'eva02-l14-336': _eva('eva02-l14-336', 'openclip-l', 768),
+    'eva02-e14': _eva('eva02-e14', 'openclip-h', 1024),
+    'eva02-e14-plus': _eva('eva02-e14-plus', 'openclip-bigg', 1024),
+    'eva-8b': _eva('eva-8b', 'openclip-bigg', 1280, **_EVA_LARGE),
+    'eva-8b-448': _eva('eva-8b-448', 'openclip-bigg', 1280, **_EVA_LARGE),
+    'eva-18b': _eva('eva-18b', 'openclip-bigg', 1536, **_EVA_LARGE),
 }

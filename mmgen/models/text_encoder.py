@@ -120,9 +120,9 @@ def _pool_last(x_BTD, valid_BT):
 POOLINGS = {'eot': _pool_end, 'last': _pool_last}
 
 
-def _clip(layers, width, heads):
+def _clip(layers, width, heads, mlp='quick_gelu'):
   return TextEncoderConfig(vocab=49408, length=77, layers=layers, width=width,
-                           heads=heads, hidden=4 * width)
+                           heads=heads, hidden=4 * width, mlp=mlp)
 
 
 def _siglip(length, layers, width, heads, hidden):
@@ -138,6 +138,11 @@ SIZES = {
         mlp='gelu', unroll=True),
     'clip-b': _clip(12, 512, 8),
     'clip-l': _clip(12, 768, 12),
+    # Of OpenCLIP and EVA-CLIP; 'clip-b' and 'clip-l' but for the exact GELU.
+    'openclip-b': _clip(12, 512, 8, 'gelu'),
+    'openclip-l': _clip(12, 768, 12, 'gelu'),
+    'openclip-h': _clip(24, 1024, 16, 'gelu'),
+    'openclip-bigg': _clip(32, 1280, 20, 'gelu'),
     'siglip-b': _siglip(64, 12, 768, 12, 3072),
     'siglip-l': _siglip(64, 24, 1024, 16, 4096),
     'siglip-so400m': _siglip(16, 27, 1152, 16, 4304),

@@ -1,4 +1,4 @@
-"""Norms, MLPs, the pre-norm block, and the stack of blocks.
+"""Norms, MLPs, the block, and the stack of blocks.
 
 Parameters of a stack live in one tree whose leaves carry the layer axis first,
 [L, ...], whether the stack is scanned (compiles in time independent of depth)
@@ -20,7 +20,7 @@ from mmgen.models import attention
 
 @dataclasses.dataclass(frozen=True)
 class StackConfig:
-  """A stack of equal pre-norm blocks.
+  """A stack of equal blocks.
 
   Attributes:
     layers, width, heads: depth, model width D, query heads N.
@@ -30,8 +30,17 @@ class StackConfig:
     norm, norm_eps: 'rms' or 'layer'.
     mlp: 'swiglu' (three matrices), or an activation between two matrices:
       'gelu' (exact), 'gelu_tanh', 'quick_gelu', 'relu2'.
-    qkv_bias, out_bias, mlp_bias: biases of the projections.
-    rope_theta: base of one-dimensional rotary positions; None for none.
+    placement: of a block's norms: 'pre', x += f(norm(x)), or 'post',
+      x += norm(f(x)) (Swin v2, arXiv 2111.09883, section 3.2).
+    qkv_bias: True, False, or 'qv': of query and value alone, as a bias of all
+      keys changes no softmax (BEiT, arXiv 2106.08254, released code).
+    out_bias, mlp_bias: biases of the other projections.
+    inner_attention_norm, inner_mlp_norm: one more norm before the last matrix
+      of the attention, of the MLP (sub-LN; Magneto, arXiv 2210.06423).
+    layer_scale: initial factor of each branch, by channel; None for none
+      (CaiT, arXiv 2103.17239).
+    rope: a name in `attention.ROTARY`: how positions turn queries and keys.
+    rope_theta: base of rotary positions; None for none.
     final_norm: a norm after the last block.
     init: a name in `INITS`.
     remat: recompute each block in the backward pass.
@@ -48,9 +57,14 @@ class StackConfig:
   norm: str = 'rms'
   norm_eps: float = 1e-5
   mlp: str = 'swiglu'
-  qkv_bias: bool = False
+  placement: str = 'pre'
+  qkv_bias: bool | str = False
   out_bias: bool = False
   mlp_bias: bool = False
+  inner_attention_norm: bool = False
+  inner_mlp_norm: bool = False
+  layer_scale: float | None = None
+  rope: str = 'line'
   rope_theta: float | None = None
   final_norm: bool = True
   init: str = 'llama'
@@ -61,10 +75,13 @@ class StackConfig:
 
   def __post_init__(self):
     for field, table in (('norm', NORMS), ('mlp', ('swiglu', *ACTIVATIONS)),
-                         ('init', INITS), ('backend', attention.BACKENDS)):
+                         ('placement', ('pre', 'post')),
+                         ('qkv_bias', (True, False, 'qv')),
+                         ('rope', attention.ROTARY), ('init', INITS),
+                         ('backend', attention.BACKENDS)):
       if getattr(self, field) not in table:
         raise ValueError(f'{field}: {getattr(self, field)!r}; '
-                         f'allowed: {", ".join(table)}.')
+                         f'allowed: {", ".join(map(str, table))}.')
     if self.head_dim is None and self.width % self.heads:
       raise ValueError(f'heads: {self.heads} does not divide width '
                        f'{self.width}; choose a divisor or give head_dim.')
@@ -74,6 +91,9 @@ class StackConfig:
     if self.rope_theta is not None and self.H % 2:
       raise ValueError(f'head_dim: {self.H} is odd; rotary positions turn '
                        'pairs.')
+    if self.rope_theta is not None and self.rope == 'grid' and self.H % 4:
+      raise ValueError(f"head_dim: {self.H}; allowed with rope 'grid': "
+                       'multiples of 4, a pair for each of two axes.')
 
   @property
   def K(self):
@@ -151,14 +171,15 @@ class SelfAttention(nn.Module):
     c = self.config
     std = INITS[c.init](c)
     project = functools.partial(
-        nn.DenseGeneral, dtype=c.dtype, use_bias=c.qkv_bias,
+        nn.DenseGeneral, dtype=c.dtype, use_bias=bool(c.qkv_bias),
         kernel_init=nn.initializers.normal(std['attention']))
     q = project((c.heads, c.H), name='query')(x_BTD)
-    k = project((c.K, c.H), name='key')(x_BTD)
+    k = project((c.K, c.H), use_bias=c.qkv_bias is True, name='key')(x_BTD)
     v = project((c.K, c.H), name='value')(x_BTD)
     if c.rope_theta is not None:
-      q = attention.rotary(q, positions_BT, c.rope_theta)
-      k = attention.rotary(k, positions_BT, c.rope_theta)
+      turn = attention.ROTARY[c.rope]
+      q = turn(q, positions_BT, c.rope_theta)
+      k = turn(k, positions_BT, c.rope_theta)
     q = partition.constrain(q, 'batch', 'length', 'heads', 'head_dim')
     if cache is not None:
       rows = jnp.arange(x_BTD.shape[0])[:, None]
@@ -167,6 +188,9 @@ class SelfAttention(nn.Module):
       v = cache['value'].at[rows, slots].set(v.astype(cache['value'].dtype))
       cache = {'key': k, 'value': v}
     out = attention.attend(q, k, v, mask, backend=c.backend)
+    if c.inner_attention_norm:
+      norm = NORMS[c.norm](c.norm_eps, c.dtype, name='norm')
+      out = norm(out.reshape(*out.shape[:2], -1)).reshape(out.shape)
     out = nn.DenseGeneral(
         c.width, axis=(-2, -1), dtype=c.dtype, use_bias=c.out_bias,
         kernel_init=nn.initializers.normal(std['attention_out']),
@@ -191,22 +215,35 @@ class Mlp(nn.Module):
     else:
       h_BTF = ACTIVATIONS[c.mlp](up)
     h_BTF = partition.constrain(h_BTF, 'batch', 'length', 'hidden')
+    if c.inner_mlp_norm:
+      h_BTF = NORMS[c.norm](c.norm_eps, c.dtype, name='norm')(h_BTF)
     return dense(c.width, kernel_init=nn.initializers.normal(std['mlp_out']),
                  name='down')(h_BTF)
 
 
 class Block(nn.Module):
-  """x += attention(norm(x)); x += mlp(norm(x))."""
+  """x += attention(x); x += mlp(x), with norms where they are placed."""
   config: StackConfig
 
   @nn.compact
   def __call__(self, x_BTD, mask, positions_BT, cache):
     c = self.config
-    norm = functools.partial(NORMS[c.norm], c.norm_eps, c.dtype)
+    norm = lambda name, x: NORMS[c.norm](
+        c.norm_eps, c.dtype, name=f'{name}_norm')(x)
+    before = lambda name, x: norm(name, x) if c.placement == 'pre' else x
+    def after(name, change):
+      if c.placement == 'post':
+        change = norm(name, change)
+      if c.layer_scale is not None:
+        init = nn.initializers.constant(c.layer_scale)
+        scale = self.param(f'{name}_scale', init, (c.width,))
+        change *= _over_last(scale.astype(c.dtype), change)
+      return change
     change, cache = SelfAttention(c, name='attention')(
-        norm(name='attention_norm')(x_BTD), mask, positions_BT, cache)
-    x_BTD = x_BTD + change
-    x_BTD = x_BTD + Mlp(c, name='mlp')(norm(name='mlp_norm')(x_BTD))
+        before('attention', x_BTD), mask, positions_BT, cache)
+    x_BTD = x_BTD + after('attention', change)
+    change = Mlp(c, name='mlp')(before('mlp', x_BTD))
+    x_BTD = x_BTD + after('mlp', change)
     return partition.constrain(x_BTD, 'batch', 'length', 'width'), cache
 
 
@@ -222,7 +259,8 @@ class Stack(nn.Module):
       x_BTD: input embeddings.
       mask: `attention.Mask`; with a cache, its `query_positions_BT` are also
         the cache slots that this call writes.
-      positions_BT: rotary positions; required exactly if `rope_theta` is set.
+      positions_BT: rotary positions, [B, T] or, for the rotary 'grid',
+        [B, T, 2]; required exactly if `rope_theta` is set.
       cache: from `init_cache`, or from the `out` of an earlier call.
       taps: layers whose output is asked for: 0 is the input, 1 the output of
         the first block, ... (before the final norm).
@@ -295,11 +333,17 @@ def block_flops(config, keys):
 def _init_blocks(rng, config):
   """Independent initial parameters for each layer, stacked."""
   x = jnp.zeros((1, 1, config.width), config.dtype)
-  positions = jnp.zeros((1, 1), jnp.int32)
+  positions = jnp.zeros((1, 1, 2) if config.rope == 'grid' else (1, 1))
   def init(key):
     return Block(config, parent=None).init(
         key, x, attention.Mask(), positions, None)['params']
-  return jax.vmap(init)(jax.random.split(rng, config.layers))
+  blocks = jax.vmap(init)(jax.random.split(rng, config.layers))
+  if config.init == 'eva':
+    # Outputs of block i = 1, 2, ... over sqrt(2 i) (BEiT's and EVA's code).
+    root_L = jnp.sqrt(2 * jnp.arange(1.0, config.layers + 1))
+    for part in (blocks['attention']['out'], blocks['mlp']['down']):
+      part['kernel'] /= root_L.reshape(-1, *(1,) * (part['kernel'].ndim - 1))
+  return blocks
 
 
 def _block_function(config):
@@ -366,4 +410,5 @@ ACTIVATIONS = {
     'quick_gelu': quick_gelu,
     'relu2': relu2,
 }
-INITS = {'llama': _llama_init, 'clip': _clip_init}
+# 'eva' as 'llama', but outputs are smaller by depth: see `_init_blocks`.
+INITS = {'llama': _llama_init, 'clip': _clip_init, 'eva': _llama_init}

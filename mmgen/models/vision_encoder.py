@@ -1,4 +1,4 @@
-"""Vision transformer: the image tower of CLIP and SigLIP.
+"""Vision transformer: the image tower of CLIP, SigLIP and EVA-CLIP.
 
 One module serves two uses with one tree of parameters, so that a tower trained
 by the one can be handed to the other:
@@ -9,13 +9,16 @@ by the one can be handed to the other:
               without the class token and without the final norm (`tap` -2)
 
 Sources: ViT, arXiv 2010.11929, section 3.1; CLIP, arXiv 2103.00020, section
-2.4; SigLIP, arXiv 2303.15343; LLaVA-1.5, arXiv 2310.03744, section 3.
+2.4; SigLIP, arXiv 2303.15343; EVA-CLIP, arXiv 2303.15389 and 2402.04252;
+LLaVA-1.5, arXiv 2310.03744, section 3.
 """
 
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmgen import partition
 from mmgen.data import layout
@@ -35,10 +38,18 @@ class VisionEncoderConfig:
       edge is cut off.
     patch: pixels along each edge of a patch.
     layers, width, heads, hidden: as in `transformer.StackConfig`.
-    mlp: 'quick_gelu' (OpenAI), 'gelu' (OpenCLIP, EVA), 'gelu_tanh' (SigLIP).
-    norm_eps: of every layer norm.
+    mlp: 'quick_gelu' (OpenAI), 'gelu' (OpenCLIP, EVA), 'gelu_tanh' (SigLIP),
+      'swiglu' (EVA-02).
+    norm, norm_eps: of every norm; as in `transformer.StackConfig`, as are
+    placement, qkv_bias, inner_attention_norm, inner_mlp_norm, layer_scale,
+    init: 'eva' starts the embeddings at 0.02, too.
     stem_bias: bias of the patch embedding.
     class_token: a learned token before the patches.
+    rope_grid: rotary positions by row and column beside the learned ones,
+      counted on a grid of this size, that of pretraining, over which `grid` is
+      stretched; the class token is not turned. None for none.
+    patch_dropout: share of the patches that training leaves out of each image;
+      see `draw_patches`.
     pre_norm: a norm between the embeddings and the first block.
     pooling: a name in `POOLINGS`, for `encode`.
     tap: which hidden state makes the table, as an index into (input, block 1,
@@ -54,9 +65,18 @@ class VisionEncoderConfig:
   heads: int
   hidden: int
   mlp: str = 'quick_gelu'
+  norm: str = 'layer'
   norm_eps: float = 1e-5
+  placement: str = 'pre'
+  qkv_bias: bool | str = True
+  inner_attention_norm: bool = False
+  inner_mlp_norm: bool = False
+  layer_scale: float | None = None
+  init: str = 'clip'
   stem_bias: bool = False
   class_token: bool = True
+  rope_grid: tuple[int, int] | None = None
+  patch_dropout: float = 0.0
   pre_norm: bool = True
   pooling: str = 'cls'
   tap: int | None = -2
@@ -80,6 +100,9 @@ class VisionEncoderConfig:
     if self.tap is not None and not -self.layers - 1 <= self.tap < 0:
       raise ValueError(f'vision.tap is {self.tap}; allowed: None, or '
                        f'{-self.layers - 1} (the input) to -1 (last block).')
+    if not 0 <= self.patch_dropout < 1:
+      raise ValueError(f'vision.patch_dropout is {self.patch_dropout}; '
+                       'allowed: from 0 (keep all) to below 1.')
 
   @property
   def grid(self):
@@ -93,13 +116,30 @@ class VisionEncoderConfig:
     return rows * cols + self.class_token
 
   @property
+  def kept(self):
+    """Patches of an image that training keeps."""
+    rows, cols = self.grid
+    return max(1, int(rows * cols * (1 - self.patch_dropout)))
+
+  @property
   def stack(self):
     return transformer.StackConfig(
         layers=self.layers, width=self.width, heads=self.heads,
-        hidden=self.hidden, norm='layer', norm_eps=self.norm_eps, mlp=self.mlp,
-        qkv_bias=True, out_bias=True, mlp_bias=True, init='clip',
-        remat=self.remat, unroll=self.unroll, backend=self.backend,
-        dtype=self.dtype)
+        hidden=self.hidden, norm=self.norm, norm_eps=self.norm_eps,
+        mlp=self.mlp, placement=self.placement, qkv_bias=self.qkv_bias,
+        out_bias=True, mlp_bias=True,
+        inner_attention_norm=self.inner_attention_norm,
+        inner_mlp_norm=self.inner_mlp_norm, layer_scale=self.layer_scale,
+        rope='grid', rope_theta=1e4 if self.rope_grid else None,
+        init=self.init, remat=self.remat, unroll=self.unroll,
+        backend=self.backend, dtype=self.dtype)
+
+  @property
+  def places(self):
+    """Rotary positions (row, column) of all tokens, [T, 2] float."""
+    scale = np.asarray(self.rope_grid) / np.asarray(self.grid)
+    places = np.indices(self.grid).reshape(2, -1).T * scale
+    return np.pad(places, ((int(self.class_token), 0), (0, 0)))
 
   def image_layout(self, image_size):
     """The slots of the table that `VisionEncoder.__call__` returns."""
@@ -191,45 +231,76 @@ class VisionEncoder(nn.Module):
     x_BPD = x_BPD[:, int(c.class_token):]
     return x_BPD.reshape(B, I, *x_BPD.shape[1:]), out
 
-  def encode(self, images_BYXC, taps=()):
+  def encode(self, images_BYXC, taps=(), kept_BP=None):
     """Embeds each image as one vector, without a projection.
 
     Args:
       images_BYXC: uint8 pixels.
       taps: blocks whose output is wanted in out['taps']; 0 is the input.
+      kept_BP: patches to look at, as `draw_patches` gives them; default all.
 
     Returns:
       (pooled_BD, out); out['hidden'] are all tokens after the final norm.
     """
-    return self._tokens(images_BYXC, taps, pool=True)
+    return self._tokens(images_BYXC, taps, kept_BP, pool=True)
 
   @nn.compact
-  def _tokens(self, images_BYXC, taps, pool=False):
+  def _tokens(self, images_BYXC, taps, kept_BP=None, pool=False):
     c = self.config
     c.check(images_BYXC.shape[1:3])
+    patches_BPC = patchify(standardise(images_BYXC, c.mean, c.std), c.patch)
+    pick = lambda table_TD: table_TD[None]
+    if kept_BP is not None:
+      patches_BPC = jnp.take_along_axis(patches_BPC, kept_BP[..., None], axis=1)
+      # In a table of all tokens the class token, if any, is entry 0.
+      extra = int(c.class_token)
+      index_BT = jnp.pad(kept_BP + extra, ((0, 0), (extra, 0)))
+      pick = lambda table_TD: jnp.take(table_TD, index_BT, axis=0)
     x_BPD = nn.Dense(
         c.width, use_bias=c.stem_bias, dtype=c.dtype, name='patch_embedding'
-    )(patchify(standardise(images_BYXC, c.mean, c.std), c.patch))
-    init = nn.initializers.normal(c.width ** -0.5)
+    )(patches_BPC)
+    init = nn.initializers.normal(
+        0.02 if c.init == 'eva' else c.width ** -0.5)
     if c.class_token:
       class_D = self.param('class_embedding', init, (c.width,))
       class_B1D = jnp.broadcast_to(
           class_D.astype(c.dtype), (x_BPD.shape[0], 1, c.width))
       x_BPD = jnp.concatenate([class_B1D, x_BPD], axis=1)
     positions = self.param('position_embedding', init, (c.tokens, c.width))
-    x_BPD += positions[None].astype(c.dtype)
+    x_BPD += pick(positions).astype(c.dtype)
     if c.pre_norm:
-      x_BPD = transformer.NORMS['layer'](
+      x_BPD = transformer.NORMS[c.norm](
           c.norm_eps, c.dtype, name='pre_norm')(x_BPD)
     x_BPD = partition.constrain(x_BPD, 'batch', 'patches', 'width')
     x_BPD, out = transformer.Stack(c.stack, name='stack')(
-        x_BPD, attention.Mask(), taps=taps)
+        x_BPD, attention.Mask(),
+        pick(jnp.asarray(c.places, jnp.float32)) if c.rope_grid else None,
+        taps=taps)
     out['hidden'] = x_BPD
     if not pool:
       return x_BPD, out
     if c.pooling == 'map':
       return MapPooling(c.stack, name='head')(x_BPD), out
     return POOLINGS[c.pooling](x_BPD), out
+
+
+def draw_patches(config, keys_B):
+  """Draws the patches that training keeps, for each image on its own.
+
+  Always `config.kept` of them, so that shapes are static (FLIP, arXiv
+  2212.00794, section 3).
+
+  Args:
+    config: a `VisionEncoderConfig`.
+    keys_B: a random key for each image.
+
+  Returns:
+    int32 [B, kept], different patches, in no order; for `encode`.
+  """
+  rows, cols = config.grid
+  draws_BP = jax.vmap(lambda key: jax.random.uniform(key, (rows * cols,)))(
+      keys_B)
+  return jax.lax.top_k(draws_BP, config.kept)[1]
 
 
 def sized(size, **overrides):
@@ -248,24 +319,26 @@ def sized(size, **overrides):
   return dataclasses.replace(SIZES[size], **overrides)
 
 
-def flops(config, pooled=True):
+def flops(config, pooled=True, train=False):
   """Forward FLOPs of one image; 2 for each multiply-add.
 
   Args:
     config: a `VisionEncoderConfig`.
     pooled: for `encode`; else for the table, which needs no blocks above `tap`.
+    train: of the patches that training keeps only.
   """
   c = config
-  patches = c.tokens - c.class_token
+  patches = c.kept if train else c.tokens - c.class_token
+  tokens = patches + c.class_token
   blocks = c.layers
   if not pooled and c.tap is not None:
     blocks += 1 + c.tap
   total = 2 * patches * 3 * c.patch ** 2 * c.width
-  total += blocks * c.tokens * transformer.block_flops(c.stack, c.tokens)
+  total += blocks * tokens * transformer.block_flops(c.stack, tokens)
   if pooled and c.pooling == 'map':
     # Keys and values of all tokens, one query, its mixing, output and MLP.
-    total += 4 * c.tokens * c.width ** 2 + 4 * c.width ** 2
-    total += 4 * c.tokens * c.width + 4 * c.width * c.hidden
+    total += 4 * tokens * c.width ** 2 + 4 * c.width ** 2
+    total += 4 * tokens * c.width + 4 * c.width * c.hidden
   return total
 
 
@@ -291,8 +364,21 @@ def _siglip(size, patch, layers, width, heads, hidden):
       mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-# Those of arXiv 2103.00020, table 20; arXiv 2303.15343; and small ones for
-# drawn scenes of 32 pixels.
+def _eva(size, patch, layers, width, heads, hidden, **fields):
+  return VisionEncoderConfig(
+      image_size=(size, size), patch=patch, layers=layers, width=width,
+      heads=heads, hidden=hidden, norm_eps=1e-6, init='eva', stem_bias=True,
+      pre_norm=False, **{'mlp': 'gelu', 'qkv_bias': 'qv', **fields})
+
+
+_EVA02 = dict(mlp='swiglu', inner_attention_norm=True, inner_mlp_norm=True,
+              rope_grid=(16, 16))
+_EVA_RMS = dict(norm='rms', qkv_bias=False)
+_EVA01_G = _eva(224, 14, 40, 1408, 16, 6144)
+_EVA02_E = _eva(224, 14, 64, 1792, 16, 15360, placement='post')
+
+# Those of arXiv 2103.00020, table 20; arXiv 2303.15343; the code released with
+# arXiv 2303.15389 and 2402.04252; and small ones for drawn scenes of 32 pixels.
 SIZES = {
     'mini': VisionEncoderConfig(
         image_size=(32, 32), patch=8, layers=3, width=128, heads=2, hidden=512,
@@ -305,4 +391,14 @@ SIZES = {
     'siglip-l16-256': _siglip(256, 16, 24, 1024, 16, 4096),
     'siglip-so400m': _siglip(224, 14, 27, 1152, 16, 4304),
     'siglip-so400m-384': _siglip(384, 14, 27, 1152, 16, 4304),
+    'eva01-g14': _EVA01_G,
+    'eva01-g14-plus': _EVA01_G,
+    'eva02-b16': _eva(224, 16, 12, 768, 12, 2048, **_EVA02),
+    'eva02-l14': _eva(224, 14, 24, 1024, 16, 2730, **_EVA02),
+    'eva02-l14-336': _eva(336, 14, 24, 1024, 16, 2730, **_EVA02),
+    'eva02-e14': _EVA02_E,
+    'eva02-e14-plus': _EVA02_E,
+    'eva-8b': _eva(224, 14, 32, 4096, 32, 20480, **_EVA_RMS),
+    'eva-8b-448': _eva(448, 14, 32, 4096, 32, 20480, **_EVA_RMS),
+    'eva-18b': _eva(224, 14, 48, 5120, 40, 25600, placement='post', **_EVA_RMS),
 }

@@ -1,6 +1,14 @@
 """What all objectives share."""
 
+import zlib
+
 import flax.traverse_util
+import jax
+
+
+def purpose_key(rng, purpose: str):
+  """Returns the key of one use of randomness within a step."""
+  return jax.random.fold_in(rng, zlib.crc32(purpose.encode()))
 
 
 def merge(params, frozen):

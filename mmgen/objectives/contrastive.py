@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mmgen import partition
+from mmgen.models import vision_encoder
 from mmgen.objectives import common
 
 
@@ -107,10 +108,37 @@ class Contrastive:
     return {'contrastive': jnp.sum(_valid(batch), dtype=jnp.float32)}
 
   def __call__(self, params, frozen, state, batch, rng, step):
-    del rng, step  # nothing is drawn
-    features = self.encode(params, frozen, batch)
+    del step  # `rng` is of this step
+    features = self.encode(params, frozen, self.draw(batch, rng))
     sums, aux = self.couple(params, frozen, features, batch)
     return sums, (state, aux)
+
+  def draw(self, batch, rng):
+    """Draws what training draws, for each example by its place in the batch.
+
+    Done for the whole batch, before it is cut into parts or laid over devices,
+    so that neither changes a draw.
+
+    Args:
+      batch: {source: arrays}, all examples of the step.
+      rng: the key of the step; not read if the model draws nothing.
+
+    Returns:
+      The batch with the patches that are kept, 'kept', if any are dropped.
+    """
+    vision = self.model.config.vision
+    if not vision.patch_dropout:
+      return batch
+    if rng is None:
+      raise ValueError(f'model.vision.patch_dropout is {vision.patch_dropout}, '
+                       'but there is no random key to draw patches with.')
+    def kept(source, arrays):
+      keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
+          common.purpose_key(rng, f'patch_dropout/{source}'),
+          jnp.arange(len(arrays['images'])))
+      return vision_encoder.draw_patches(vision, keys_B)
+    return {source: {**arrays, 'kept': kept(source, arrays)}
+            for source, arrays in batch.items()}
 
   def encode(self, params, frozen, batch):
     """The part of the loss in which examples are independent.
@@ -177,7 +205,7 @@ def _accuracies(logits_BB, valid_B):
           'accuracy/text_to_image': share(0)}
 
 
-def gradient_cache(objective, params, frozen, state, batch, parts):
+def gradient_cache(objective, params, frozen, state, batch, parts, rng=None):
   """Loss and exact gradients of a coupled objective, in `parts` parts.
 
   Embeddings of all parts are computed first, without keeping activations; the
@@ -186,12 +214,14 @@ def gradient_cache(objective, params, frozen, state, batch, parts):
   section 3.2). Costs one forward pass more than the whole batch at once.
 
   Args:
-    objective: has `encode`, `couple` and `coefficients` as `Contrastive` has.
+    objective: has `draw`, `encode`, `couple` and `coefficients` as
+      `Contrastive` has.
     params: trained parameters.
     frozen: fixed parameters.
     state: returned as it came.
     batch: {source: arrays [B, ...]}.
     parts: number of parts, dividing each source's B.
+    rng: the key of the step, for objectives that draw.
 
   Returns:
     ((loss, {name: loss}, state, aux), gradients).
@@ -199,8 +229,9 @@ def gradient_cache(objective, params, frozen, state, batch, parts):
   Raises:
     ValueError: a source cannot be split.
   """
+  drawn = objective.draw(batch, rng)
   micro = {source: jax.tree.map(lambda x, s=source: _split(x, parts, s), arrays)
-           for source, arrays in batch.items()}
+           for source, arrays in drawn.items()}
   cached = jax.lax.map(lambda b: objective.encode(params, frozen, b), micro)
 
   def from_features(params, cached):

@@ -5,8 +5,9 @@ An objective is an object with
   names         of its losses
   coefficients  {name: factor in the total}
   coupled       whether the loss of an example depends on the other examples;
-                with `encode` and `couple` (see `objectives/contrastive.py`)
-                it is taken in microbatches through a gradient cache
+                with `draw`, `encode` and `couple` (see
+                `objectives/contrastive.py`) it is taken in microbatches
+                through a gradient cache
   weights(batch) -> {name: denominator}, from the batch alone
   __call__(params, frozen, state, batch, rng, step)
                 -> ({name: (sum, weight)}, (new state, aux))
@@ -21,7 +22,6 @@ of the whole batch.
 """
 
 import functools
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,6 @@ from mmgen.training import metrics as metrics_lib
 def step_key(seed: int, step):
   """Returns the key of one step; the objective receives it as `rng`."""
   return jax.random.fold_in(jax.random.key(seed), step)
-
-
-def purpose_key(rng, purpose: str):
-  """Returns the key of one use of randomness within a step."""
-  return jax.random.fold_in(rng, zlib.crc32(purpose.encode()))
 
 
 def init_state(params, optimizer, state=None):
@@ -120,7 +115,7 @@ def _gradients(objective, params, frozen, state, batch, rng, step, accumulate):
   """Returns ((loss, {name: loss}, state, aux), gradients) of a whole batch."""
   if objective.coupled and accumulate > 1:
     return contrastive.gradient_cache(
-        objective, params, frozen, state, batch, accumulate)
+        objective, params, frozen, state, batch, accumulate, rng)
   weights = {name: jnp.where(weight > 0, weight, 1.0)
              for name, weight in objective.weights(batch).items()}
   batch = _number_rows(batch)

@@ -95,6 +95,10 @@ def test_unknown_pooling():
     # Without the projection behind the tower, which belongs to the pair.
     ('clip-b', 63_428_096 - 512 * 512),
     ('clip-l', 123_650_304 - 768 * 768),
+    ('openclip-b', 63_428_096 - 512 * 512),
+    ('openclip-l', 123_650_304 - 768 * 768),
+    ('openclip-h', 354_032_640 - 1024 * 1024),
+    ('openclip-bigg', 694_332_160 - 1280 * 1024),
     ('siglip-b', 110_271_744 - 768 * 769),
     ('siglip-l', 336_194_560 - 1024 * 1025),
     ('siglip-so400m', 449_679_600 - 1152 * 1153),

@@ -66,6 +66,98 @@ def test_scan_unroll_and_remat_are_equal(options):
     np.testing.assert_array_equal(a, b)
 
 
+# Everything that EVA-CLIP does unlike CLIP; numbers are in test_eva_clip.py.
+EVA = transformer.StackConfig(
+    layers=2, width=24, heads=3, hidden=20, norm='layer', placement='post',
+    qkv_bias='qv', out_bias=True, mlp_bias=True, inner_attention_norm=True,
+    inner_mlp_norm=True, layer_scale=0.1, rope='grid', rope_theta=100.0)
+PLACES = jax.random.uniform(jax.random.key(2), (B, T, 2)) * 9
+
+
+def _apply_eva(params, **options):
+  return transformer.Stack(dataclasses.replace(EVA, **options)).apply(
+      {'params': params}, _inputs(), attention.Mask(), PLACES)[0]
+
+
+@functools.cache
+def _eva_params():
+  shapes = jax.eval_shape(
+      transformer.Stack(EVA).init, jax.random.key(0), _inputs(),
+      attention.Mask(), PLACES)['params']
+  leaves, tree = jax.tree.flatten(shapes)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  return tree.unflatten([0.4 * jax.random.normal(k, x.shape)
+                         for k, x in zip(keys, leaves)])
+
+
+def test_scan_unroll_and_remat_are_equal_with_all_options():
+  def run(**options):
+    return jax.jit(jax.value_and_grad(lambda params: jnp.sum(jnp.sin(
+        _apply_eva(params, **options)))))(_eva_params())
+  scanned = run()
+  _equal(run(unroll=True), scanned)
+  _equal(run(remat=True), scanned)
+
+
+def test_parameters_of_the_options():
+  names = lambda tree: {
+      jax.tree_util.keystr(path, simple=True, separator='/')
+      for path, _ in jax.tree_util.tree_leaves_with_path(tree['blocks'])}
+  plain = dataclasses.replace(
+      EVA, qkv_bias=True, inner_attention_norm=False, inner_mlp_norm=False,
+      layer_scale=None)
+  plain = jax.eval_shape(
+      transformer.Stack(plain).init, jax.random.key(0), _inputs(),
+      attention.Mask(), PLACES)['params']
+  assert names(plain) - names(_eva_params()) == {'attention/key/bias'}
+  assert names(_eva_params()) - names(plain) == {
+      'attention_scale', 'mlp_scale', 'attention/norm/scale',
+      'attention/norm/bias', 'mlp/norm/scale', 'mlp/norm/bias'}
+
+
+def test_layer_scale_comes_after_the_norm():
+  """There it is the same as a norm with larger scale and bias."""
+  blocks = dict(_eva_params()['blocks'])
+  for part in ('attention', 'mlp'):
+    factor = blocks.pop(f'{part}_scale')
+    blocks[f'{part}_norm'] = {
+        k: v * factor for k, v in blocks[f'{part}_norm'].items()}
+  got = _apply_eva({**_eva_params(), 'blocks': blocks}, layer_scale=None)
+  _equal(got, _apply_eva(_eva_params()))
+
+
+def test_first_outputs_get_smaller_by_depth():
+  init = lambda name: jax.jit(transformer.Stack(dataclasses.replace(
+      CONFIG, init=name)).init)(
+          jax.random.key(0), _inputs(), MASK, POSITIONS)['params']['blocks']
+  eva, plain = init('eva'), init('llama')
+  root = np.sqrt(2 * np.arange(1, 5))
+  np.testing.assert_allclose(
+      eva['mlp']['down']['kernel'],
+      plain['mlp']['down']['kernel'] / root[:, None, None], rtol=1e-6)
+  np.testing.assert_allclose(
+      eva['attention']['out']['kernel'],
+      plain['attention']['out']['kernel'] / root[:, None, None, None],
+      rtol=1e-6)
+  np.testing.assert_array_equal(eva['mlp']['up']['kernel'],
+                                plain['mlp']['up']['kernel'])
+
+
+def test_grid_rotary_turns_neighbours_by_row_and_by_column():
+  x = np.asarray(jax.random.normal(jax.random.key(0), (1, 3, 2, 12)))
+  places = np.array([[[0, 0], [2, 0.5], [1, 7]]], np.float32)
+  turned = np.asarray(attention.grid_rotary(
+      jnp.asarray(x), jnp.asarray(places), 50.0))
+  # As complex numbers: three frequencies by row, then three by column.
+  plane = x[..., 0::2] + 1j * x[..., 1::2]
+  frequencies = 50.0 ** (-np.arange(3) / 3)
+  angles = (places[..., None] * frequencies).reshape(1, 3, 1, 6)
+  expected = plane * np.exp(1j * angles)
+  np.testing.assert_allclose(turned[..., 0::2], expected.real, atol=1e-5)
+  np.testing.assert_allclose(turned[..., 1::2], expected.imag, atol=1e-5)
+  np.testing.assert_array_equal(turned[:, 0], x[:, 0])
+
+
 def test_options_do_what_they_say():
   def trace(**options):
     config = dataclasses.replace(CONFIG, **options)
@@ -228,7 +320,11 @@ def test_block_flops_by_hand():
     (dict(mlp='silu'), 'allowed: swiglu, gelu, gelu_tanh, quick_gelu, relu2'),
     (dict(heads=5), 'heads: 5 does not divide width 24'),
     (dict(kv_heads=4), 'kv_heads: 4; allowed: divisors of heads, 6'),
-    (dict(head_dim=3), 'head_dim: 3 is odd')])
+    (dict(head_dim=3), 'head_dim: 3 is odd'),
+    (dict(rope='grid', head_dim=6), "head_dim: 6; allowed with rope 'grid'"),
+    (dict(rope='spiral'), "rope: 'spiral'; allowed: line, grid"),
+    (dict(placement='both'), "placement: 'both'; allowed: pre, post"),
+    (dict(qkv_bias='k'), "qkv_bias: 'k'; allowed: True, False, qv")])
 def test_config_errors(fields, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(CONFIG, **fields)

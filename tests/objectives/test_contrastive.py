@@ -1,5 +1,6 @@
 """Contrastive losses: by hand, coupled over devices and parts, masked."""
 
+import dataclasses
 import math
 import types
 
@@ -239,6 +240,97 @@ def test_the_train_step_takes_microbatches_through_the_cache(params):
   assert_close(state['params'], whole_state['params'])
   assert metrics.keys() == whole_metrics.keys()
   np.testing.assert_allclose(metrics['loss'], whole_metrics['loss'], rtol=1e-6)
+
+
+class DroppingToy(Toy):
+  """Its pictures are the mean of the patches that are kept, 4 of 9."""
+  config = dataclasses.replace(CONFIG, vision=dataclasses.replace(
+      CONFIG.vision, image_size=(12, 12), patch_dropout=0.5))
+
+  def apply(self, variables, batch=None, method='__call__'):
+    if batch is not None:
+      patches = vision_encoder.patchify(batch['images'], 4)
+      kept = jnp.take_along_axis(patches, batch['kept'][..., None], axis=1)
+      batch = {**batch, 'images': jnp.mean(kept.astype(jnp.float32), axis=1)}
+    return super().apply(variables, batch, method)
+
+
+DROPPING = contrastive.Contrastive(DroppingToy())
+KEY = jax.random.key(3)
+
+
+def square_batch(count=B):
+  images = np.random.default_rng(8).integers(0, 256, (count, 12, 12, 3))
+  return {**make_batch(count=count), 'images': images.astype(np.uint8)}
+
+
+def test_draws_are_of_the_key_the_source_and_the_example():
+  draw = lambda batch, key=KEY: {
+      source: np.asarray(arrays['kept']).tolist() for source, arrays in
+      DROPPING.draw(batch, key).items()}
+  batch = {'a': square_batch(), 'b': square_batch()}
+  found = draw(batch)
+  assert found == draw(batch)
+  assert all(len(set(row)) == 4 for row in found['a'])
+  rows = [tuple(row) for source in 'ab' for row in found[source]]
+  assert len(set(rows)) == len(rows)  # chance of a clash: 4 %, of this key 0
+  # Other sources and later examples change nothing.
+  assert draw({'a': square_batch(5)})['a'] == found['a'][:5]
+  assert draw(batch, jax.random.key(4)) != found
+
+
+def test_nothing_is_drawn_without_dropout_and_nothing_dropped_without_a_key():
+  batch = {'a': make_batch()}
+  assert contrastive.Contrastive(MODEL).draw(batch, KEY) is batch
+  with pytest.raises(ValueError, match='patch_dropout is 0.5, but there is no'):
+    DROPPING.draw({'a': square_batch()}, None)
+
+
+def test_the_same_patches_are_kept_in_parts_and_on_8_devices():
+  batch = {'a': square_batch(), 'b': square_batch(4)}
+  rng = np.random.default_rng(1)
+  params = dict(image=rng.normal(size=(48, 6)), text=rng.normal(size=(9, 6)),
+                logit_scale=np.float64(1), logit_bias=np.float64(0))
+  params = jax.tree.map(jnp.float32, params)
+
+  @jax.jit
+  @jax.value_and_grad
+  def whole(params, batch, key=KEY):
+    sums, _ = DROPPING(params, {}, {}, batch, key, 0)
+    return sums['contrastive'][0] / sums['contrastive'][1]
+
+  value, gradient = whole(params, batch)
+  assert abs(value - whole(params, batch, jax.random.key(4))[0]) > 1e-4
+  (loss, *_), cached = jax.jit(lambda params: contrastive.gradient_cache(
+      DROPPING, params, {}, {}, batch, 4, KEY))(params)
+  np.testing.assert_allclose(loss, value, rtol=1e-6)
+  assert_close(cached, gradient)
+  mesh = jax.make_mesh(
+      (2, 2, 2, 1), ('data', 'fsdp', 'tensor', 'sequence'),
+      axis_types=(AxisType.Auto,) * 4)
+  with jax.set_mesh(mesh):
+    rows = NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+    other, spread = whole(params, jax.device_put(batch, rows))
+  np.testing.assert_allclose(other, value, rtol=1e-6)
+  assert_close(spread, gradient)
+
+
+def test_the_train_step_draws_the_same_patches_in_microbatches():
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(jnp.float32, dict(
+      image=rng.normal(size=(48, 6)), text=rng.normal(size=(9, 6)),
+      logit_scale=np.float64(1), logit_bias=np.float64(0)))
+  optimizer = optax.sgd(0.1), lambda step: 0.1
+
+  def loss(accumulate, seed=0):
+    config = types.SimpleNamespace(
+        seed=seed, optimizer=types.SimpleNamespace(accumulate=accumulate))
+    step = step_lib.make_train_step(DROPPING, optimizer, config)
+    state = step_lib.init_state(jax.tree.map(jnp.array, params), optimizer)
+    return float(step(state, {}, {'a': square_batch()})[1]['loss'])
+
+  assert loss(4) == pytest.approx(loss(1), rel=1e-6)
+  assert loss(4, seed=1) != pytest.approx(loss(1), rel=1e-4)
 
 
 def test_gradient_cache_names_what_does_not_divide(params):

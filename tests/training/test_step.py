@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmgen import errors
+from mmgen.objectives import common
 from mmgen.training import optimizer
 from mmgen.training import step as step_lib
 
@@ -40,7 +41,7 @@ class Objective:
     out = Toy().apply({'params': {**params, **frozen}}, x)
     if self.noise:
       keys = jax.vmap(jax.random.fold_in, (None, 0))(
-          step_lib.purpose_key(rng, 'noise'), batch['s']['row'])
+          common.purpose_key(rng, 'noise'), batch['s']['row'])
       out += self.noise * jax.vmap(
           lambda key: jax.random.normal(key, (LENGTH,)))(keys)
     weight = jnp.sum(weights)
@@ -178,7 +179,7 @@ def test_randomness_is_keyed_by_seed_step_and_purpose():
   other = _run(_config(seed=4), Objective(1.0), steps=2,
                batches=[_batch()] * 2)[1]
   assert same[0][0]['loss'] != other[0]['loss']
-  a, b = (step_lib.purpose_key(step_lib.step_key(0, 0), p) for p in 'ab')
+  a, b = (common.purpose_key(step_lib.step_key(0, 0), p) for p in 'ab')
   assert (jax.random.key_data(a) != jax.random.key_data(b)).any()
   a, b = (step_lib.step_key(0, s) for s in (1, 2))
   assert (jax.random.key_data(a) != jax.random.key_data(b)).any()
