@@ -1,0 +1,164 @@
+"""Published weights in and out: `load` opens what others have trained.
+
+  loaded = weights.load('clip-vit-base-patch32')
+  image_BE, _ = loaded.model.apply(
+      {'params': loaded.params}, images_BYXC, method='encode_image')
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import flax.traverse_util
+import jax
+
+from mmgen import errors
+from mmgen.weights import clip
+from mmgen.weights import files
+from mmgen.weights import layout as layout_lib
+
+# The first that recognises a file has it.
+FAMILIES = {**clip.LAYOUTS}
+
+_BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json')
+_TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'spiece.model')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+  """A published model, ready for use.
+
+  Attributes:
+    model: the module; its config is `model.config`.
+    params: nested dict of its parameters.
+    image: how a picture becomes pixels: size, fit, kernel, mean, std. The
+      model itself applies mean and std.
+    tokenizer: path of the tokenizer's file beside the weights, or None.
+    layout: a name of `FAMILIES`.
+    dtypes: {their name: dtype} of the file.
+    beside: {name: content} of the JSON files that lay beside it.
+    report: [(our name, their names, our shape, their dtypes)].
+  """
+  model: Any
+  params: Any
+  image: dict
+  tokenizer: pathlib.Path | None
+  layout: str
+  dtypes: dict
+  beside: dict
+  report: list
+
+
+def recognise(path, said=None):
+  """Tells from contents what a file or folder of weights is.
+
+  Args:
+    path: as for `files.open`.
+    said: {field: value} of what contents cannot tell, such as {'mlp': 'gelu'}
+      for CLIP without a config; an error names what is needed.
+
+  Returns:
+    (a name of `FAMILIES`, config of the model).
+
+  Raises:
+    UserError: it is no known layout, or something has to be said.
+  """
+  return _recognise(path, files.open(path), _beside(path), said or {})
+
+
+def load(path, *, place=None, dtype='float32', said=None):
+  """Loads a published model.
+
+  Args:
+    path: of a file, an index of shards, or a folder.
+    place: function from {our name: ShapeDtypeStruct} to {our name: Sharding},
+      such as `functools.partial(training.sharding.shardings, mesh)`; by default
+      all goes to the first device.
+    dtype: of the parameters and of the computation.
+    said: as for `recognise`.
+
+  Returns:
+    A `Loaded`.
+
+  Raises:
+    UserError: the file is damaged, of no known layout, or does not fit its
+      model; nothing is loaded then.
+  """
+  tensors, beside = files.open(path), _beside(path)
+  name, config = _recognise(path, tensors, beside, said or {})
+  layout = FAMILIES[name]
+  model, ours = layout.build(config, dtype)
+  rules = layout.rules(config)
+  layout_lib.check(rules, tensors, ours, layout.ignored, str(path))
+  if place is not None:
+    where = place(ours)
+    ours = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                       sharding=where[name])
+            for name, leaf in ours.items()}
+  params = layout_lib.load(rules, tensors, ours)
+  folder = _folder(path)
+  return Loaded(
+      model=model, params=flax.traverse_util.unflatten_dict(params, sep='/'),
+      image=layout.image(config, beside),
+      tokenizer=next((folder / file for file in _TOKENIZERS
+                      if (folder / file).exists()), None),
+      layout=name, dtypes={name: t.dtype for name, t in tensors.items()},
+      beside=beside, report=layout_lib.report(rules, tensors, ours))
+
+
+def export(layout, config, params, dtypes):
+  """Yields (their name, array), for `files.write`.
+
+  Args:
+    layout: a name of `FAMILIES`.
+    config: of the model.
+    params: nested dict of its parameters.
+    dtypes: {their name: dtype}, or one for all.
+
+  Raises:
+    UserError: the model has parameters for which that layout has no names.
+  """
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  rules = FAMILIES[layout].rules(config)
+  differ = flat.keys() ^ {name for rule in rules for name in rule.ours}
+  if differ:
+    raise errors.UserError(f'the layout {layout} cannot hold this model: '
+                           f'{", ".join(sorted(differ))}.')
+  return layout_lib.export(rules, flat, dtypes)
+
+
+def _recognise(path, tensors, beside, said):
+  for name, layout in FAMILIES.items():
+    try:
+      config = layout.recognise(tensors, beside, said)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+      if not beside:
+        raise
+      raise errors.UserError(
+          f'{" or ".join(beside)} beside {path} is not as {name} has it: '
+          f'{error!r}.') from error
+    if config is not None:
+      return name, config
+  some = ', '.join(sorted(tensors)[:4])
+  raise errors.UserError(
+      f'{path} is of no layout known here ({", ".join(FAMILIES)}): it has '
+      f'{some} and {len(tensors)} tensors in all.')
+
+
+def _folder(path):
+  path = pathlib.Path(path)
+  return path if path.is_dir() else path.parent
+
+
+def _beside(path):
+  """{name: content} of the JSON files that lie beside weights."""
+  found = {}
+  for name in _BESIDE:
+    file = _folder(path) / name
+    if file.exists():
+      try:
+        found[name] = json.loads(file.read_text())
+      except (ValueError, RecursionError) as error:
+        raise errors.UserError(f'{file} is broken: {error}.') from error
+  return found

@@ -1,0 +1,177 @@
+"""Which CLIP it is: the config of a model of two towers, from its tensors.
+
+Sizes are read off the shapes. What shapes cannot tell (heads, activation, rows
+and columns of a grid) is taken from the JSON file beside the tensors, else from
+the published tower of these sizes, else by a rule that holds for all published
+ones. Where these end the user is asked: a wrong guess would load without an
+error and answer a little worse for ever.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+import flax.traverse_util
+import jax
+
+from mmgen import errors
+from mmgen.models import clip
+from mmgen.models import text_encoder
+from mmgen.models import vision_encoder
+
+TOWERS = {'vision': vision_encoder.SIZES, 'text': text_encoder.SIZES}
+
+# What a user may be asked.
+_SAYABLE = {
+    'mlp': "of both towers: 'quick_gelu' for OpenAI's own and for what names "
+           "itself quickgelu, 'gelu' for LAION's and most others",
+    'vision.mlp': 'as mlp', 'text.mlp': 'as mlp',
+    'vision.heads': 'of 64 in towers up to a width of 1024, wider ones differ',
+    'text.heads': 'as vision.heads',
+    'vision.image_size': '[rows, columns] of pixels',
+}
+
+
+def recognise(tensors, beside, said, *, rules, base, stated):
+  """The config of tensors by one layout.
+
+  Args:
+    tensors: of the file.
+    beside: {name: content} of JSON files.
+    said: {'vision.heads': value, ...} by the user; goes before all else.
+    rules: of the layout, of a config.
+    base: config of the family, which has what nothing else tells.
+    stated: function (tensors, beside, base) -> as `said`, by the JSON files;
+      None stands for what has to be said.
+
+  Returns:
+    `ClipConfig`, or None if the tensors are of another layout.
+
+  Raises:
+    UserError: a field is told by none of these, or they do not fit.
+  """
+  found = {}  # {our name: shapes of its tensors, in all layers}
+  for rule in rules(base):
+    name = re.escape(rule.theirs[0]).replace(r'\{layer\}', r'\d+')
+    found |= dict.fromkeys(rule.ours, [
+        tensor.shape for theirs, tensor in tensors.items()
+        if re.fullmatch(name, theirs)])
+  parts = [f'{tower}/stack/blocks/' for tower in TOWERS]
+  parts += ['vision/head/'] * (base.vision.pooling == 'map')
+  if not all(any(shapes for ours, shapes in found.items()
+                 if ours.startswith(part)) for part in parts):
+    return None
+  known = _sizes(found, base) | stated(tensors, beside, base)
+  for field, value in said.items():
+    if field not in _SAYABLE:
+      raise errors.UserError(f'{field} cannot be said of CLIP; what can: '
+                             f'{", ".join(_SAYABLE)}.')
+    value = tuple(value) if isinstance(value, list) else value
+    known |= {f'{tower}.mlp': value for tower in TOWERS
+              } if field == 'mlp' else {field: value}
+  asked = sorted({'mlp' if field.endswith('.mlp') else field
+                  for field, value in known.items() if value is None})
+  if asked:
+    raise errors.UserError(
+        'neither the tensors nor a JSON file beside them tell '
+        + ' and '.join(f'{field} ({_SAYABLE[field]})' for field in asked)
+        + f'. Say so: --say={asked[0]}=..., or said={{{asked[0]!r}: ...}}.')
+  return _replace(base, known)
+
+
+def _replace(base, known):
+  """The base with {'embed': value, 'vision.heads': value, ...}."""
+  fields = collections.defaultdict(dict)
+  for name, value in known.items():
+    part, _, field = name.rpartition('.')
+    fields[part][field] = value
+  try:
+    towers = {tower: dataclasses.replace(getattr(base, tower), **fields[tower])
+              for tower in TOWERS}
+    for tower in towers.values():
+      _ = tower.stack  # which checks what a stack is made of
+    return dataclasses.replace(base, **towers, **fields[''])
+  except (TypeError, ValueError) as error:
+    raise errors.UserError(f'no CLIP has these sizes: {error}') from error
+
+
+def _sizes(found, base):
+  """Reads sizes off shapes; most tensors decide, so as to tell a wrong one.
+
+  Args:
+    found: {our name: shapes of its tensors, in all layers}.
+    base: config of the family.
+
+  Returns:
+    {'vision.width': size, ...}: 1 where there is no tensor, since then
+    `layout.check` says so, and None for what shapes do not tell.
+  """
+  most = lambda values: collections.Counter(values or [1]).most_common(1)[0][0]
+  shape = lambda ours: most(found[ours] or [(1, 1)])
+  sizes = {}
+  for tower in TOWERS:
+    blocks = f'{tower}/stack/blocks/'
+    inner = {ours.removeprefix(blocks): shapes
+             for ours, shapes in found.items() if ours.startswith(blocks)}
+    norms = inner['attention_norm/scale'] + inner['mlp_norm/scale']
+    width = most([shape[-1] for shape in norms])
+    hidden = [size for leaf in ('up/bias', 'up/kernel', 'down/kernel')
+              for shape in inner[f'mlp/{leaf}'] for size in shape[-2:]
+              if size != width]
+    # Either norms have an axis of layers, or there is a tensor for each.
+    layers = most([shape[:-1] for shape in norms] or [()])
+    sizes |= {
+        f'{tower}.width': width, f'{tower}.hidden': most(hidden or [width]),
+        f'{tower}.layers': layers[0] if layers else most(
+            [len(shapes) for shapes in inner.values()])}
+    query = shape(f'{blocks}attention/query/kernel')
+    sizes[f'{tower}.heads'] = (
+        query[-2] if len(query) > 2 else _heads(sizes, tower))
+  numbers = math.prod(shape('vision/patch_embedding/kernel'))
+  sizes['vision.patch'] = max(
+      1, math.isqrt(numbers // (3 * sizes['vision.width'])))
+  sizes['vision.image_size'] = _image_size(
+      sizes, shape('vision/position_embedding')[-2] - base.vision.class_token)
+  sizes['text.vocab'] = shape('text/token_embedding/embedding')[-2]
+  sizes['text.length'] = shape('text/position_embedding')[-2]
+  sizes['embed'] = (math.prod(shape('text_projection/kernel'))
+                    // sizes['text.width'])
+  return sizes
+
+
+def _heads(sizes, tower):
+  """Heads of the published tower of these sizes, or by CLIP's rule."""
+  width = sizes[f'{tower}.width']
+  for size in TOWERS[tower].values():
+    if all(getattr(size, field) == sizes[f'{tower}.{field}']
+           for field in ('width', 'layers', 'hidden')):
+      return size.heads
+  return None if width % 64 or width > 1024 else width // 64
+
+
+def _image_size(sizes, patches):
+  """(Y, X) of a square grid; None if it is none.
+
+  What is left beyond the last whole patch, only published towers know.
+  """
+  side, patch = math.isqrt(patches), sizes['vision.patch']
+  if side**2 != patches:
+    return None
+  for size in vision_encoder.SIZES.values():
+    if (size.width, size.patch, size.grid) == (
+        sizes['vision.width'], patch, (side, side)):
+      return size.image_size
+  return side * patch, side * patch
+
+
+def build(config, dtype):
+  """Returns (module, {our name: ShapeDtypeStruct}), computing in that dtype."""
+  vision, text = (dataclasses.replace(tower, dtype=dtype)
+                  for tower in (config.vision, config.text))
+  model = clip.Clip(dataclasses.replace(config, vision=vision, text=text))
+  batch = clip.example_batch(config, config.vision.image_size)
+  tree = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
+  flat = flax.traverse_util.flatten_dict(tree, sep='/')
+  return model, {name: jax.ShapeDtypeStruct(leaf.shape, dtype)
+                 for name, leaf in flat.items()}

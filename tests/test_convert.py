@@ -1,0 +1,133 @@
+"""The command that takes weights in and gives them back."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from mmgen import config as config_lib
+from mmgen import convert
+from mmgen import errors
+from mmgen import run_folder
+from mmgen import weights
+from mmgen.models import clip
+from mmgen.training import checkpoint
+from mmgen.weights import files
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'weights'
+
+
+def run(*args):
+  convert.main([str(arg) for arg in args])
+
+
+def assert_same_tensors(a, b):
+  a, b = files.open(a), files.open(b)
+  assert a.keys() == b.keys()
+  for name, tensor in a.items():
+    assert (tensor.shape, tensor.dtype) == (b[name].shape, b[name].dtype)
+    assert tensor.array().tobytes() == b[name].array().tobytes()
+
+
+@pytest.mark.parametrize('name', ['hf_siglip', 'hf_clip_gelu'])
+def test_to_a_run_folder_and_back(name, tmp_path, capsys):
+  run(f'--from={GOLDEN / name}', f'--to={tmp_path / "run"}')
+  assert f'{name}: hf_' in capsys.readouterr().out
+  run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "back"}')
+  assert_same_tensors(GOLDEN / name, tmp_path / 'back')
+  config = json.loads((tmp_path / 'back' / 'config.json').read_text())
+  assert config == json.loads((GOLDEN / name / 'config.json').read_text())
+  run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "one.safetensors"}',
+      '--dtype=float16')
+  assert {t.dtype.name for t in files.open(
+      tmp_path / 'one.safetensors').values()} == {'float16'}
+
+
+def test_a_run_folder_is_one(tmp_path):
+  """What opens a run, or starts from one, opens this."""
+  run(f'--from={GOLDEN / "hf_clip_square"}', f'--to={tmp_path / "run"}')
+  loaded = weights.load(GOLDEN / 'hf_clip_square')
+  vision = checkpoint.load_params(tmp_path / 'run', 'vision')
+  for a, b in zip(jax.tree.leaves(vision),
+                  jax.tree.leaves({'vision': loaded.params['vision']})):
+    assert a.dtype == np.float32
+    np.testing.assert_array_equal(a, b)
+  config = run_folder.read_config(tmp_path / 'run')
+  model = config_lib.build_model(config, 37)
+  assert model.config == loaded.model.config
+  assert (config.image.size, config.image.fit, config.layout.length) == (
+      (15, 15), 'clip', 9)
+  lines = (tmp_path / 'run' / 'weights.txt').read_text().splitlines()
+  assert len(lines) == len(jax.tree.leaves(loaded.params))
+  assert ('vision/stack/blocks/mlp/up/kernel [3, 18, 29] <- '
+          'vision_model.encoder.layers.{layer}.mlp.fc1.weight (float32)'
+          ) in lines
+
+
+def test_to_safetensors_with_what_must_be_said(tmp_path):
+  source, to = GOLDEN / 'open_clip_oblong.pt', tmp_path / 'a.safetensors'
+  with pytest.raises(errors.UserError, match='--say=mlp='):
+    run(f'--from={source}', f'--to={to}')
+  assert not to.exists()
+  said = ('--say=mlp=gelu', '--say=vision.image_size=[10, 20]',
+          '--say=vision.heads=1', '--say=text.heads=3')
+  run(f'--from={source}', f'--to={to}', *said)
+  assert_same_tensors(source, to)
+  with pytest.raises(errors.UserError, match='exists already'):
+    run(f'--from={source}', f'--to={to}', *said)
+  with pytest.raises(errors.UserError, match='--say=gelu: it must be FIELD='):
+    run(f'--from={source}', f'--to={tmp_path / "b"}', '--say=gelu')
+
+
+def test_to_another_layout(tmp_path):
+  said = {'mlp': 'quick_gelu', 'vision.heads': 3, 'text.heads': 5,
+          'vision.image_size': (15, 15)}
+  to = tmp_path / 'a.safetensors'
+  run(f'--from={GOLDEN / "open_clip_square.pt"}', f'--to={to}',
+      '--layout=hf_clip', *(f'--say={field}={json.dumps(value)}'
+                            for field, value in said.items()))
+  ours = weights.load(GOLDEN / 'open_clip_square.pt', said=said)
+  theirs = weights.load(to, said=said)
+  assert (ours.layout, theirs.layout) == ('openai_clip', 'hf_clip')
+  assert ours.model.config == theirs.model.config
+  jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+
+
+def trained(folder):
+  """A run folder as training leaves it, of a tiny CLIP."""
+  tower = dict(layers=1, width=64, heads=1, hidden=32)
+  config = ml_collections.ConfigDict(dict(
+      name='a:b', dtype='float32', model=dict(
+          name='clip', size='mini', embed=24, vision=tower, text=tower)))
+  module = clip.build(config, vocab=50)
+  params = jax.jit(module.init)(jax.random.key(0), clip.example_batch(
+      module.config, module.config.vision.image_size))['params']
+  checkpointer = checkpoint.Checkpointer(folder)
+  checkpointer.save(3, {'params': params}, {}, b'')
+  checkpointer.close()
+  (folder / 'config.json').write_text(json.dumps(config_lib.flatten(config)))
+  return module, params
+
+
+def test_a_run_trained_here_is_exported(tmp_path):
+  module, params = trained(tmp_path / 'run')
+  with pytest.raises(errors.UserError, match='trained here: say --layout'):
+    run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}')
+  run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}',
+      '--layout=openai_clip')
+  back = weights.load(tmp_path / 'out', said={'mlp': 'gelu'})
+  jax.tree.map(np.testing.assert_array_equal, params, back.params)
+  vision = dataclasses.replace(module.config.vision, unroll=False)
+  assert back.model.config.vision == vision
+
+
+def test_only_what_has_a_layout(tmp_path):
+  trained(tmp_path / 'run')
+  path = tmp_path / 'run' / 'config.json'
+  path.write_text(path.read_text().replace('"clip"', '"multimodal"'))
+  with pytest.raises(errors.UserError, match="of the kind 'multimodal'"):
+    run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}')
