@@ -1,11 +1,17 @@
 """Pictures of any size to the one static size of a source.
 
-`square` stretches, `pad` keeps the shape of the picture as EVE does: the longer
-side fills the canvas, the shorter one is rounded up to whole cells of the
-grid, and the rest is padding in the mean colour of CLIP (arXiv 2406.11832,
-section 3.1, and its released preprocessing). The padding starts and ends on a
-cell border, so that a cell is either picture or padding. Resampling is
-Pillow's, antialiased, in one step from the original picture.
+  square     stretches                                     (kernel: any)
+  pad        EVE: the longer side fills the canvas, the    (bicubic)
+             rest is padding, in whole cells
+  clip       the shorter side fills the canvas, what       (bicubic)
+             sticks out is cut off on both sides
+  open_clip  the same, cut half a pixel elsewhere          (bicubic)
+  expand     LLaVA-1.5: padded to a square, then stretched (bicubic)
+  fuyu       Fuyu-8B: shrunk only if too large, then put   (bilinear)
+             into the upper left corner
+
+Each gives the pixels of its reference, bit by bit, with the kernel named here.
+Resampling is Pillow's, antialiased, in one step.
 """
 
 import dataclasses
@@ -19,6 +25,8 @@ from mmgen.data import document as document_lib
 # int(255 * mean) of CLIP's training pictures, the colour that EVE and LLaVA
 # pad with.
 PADDING = (122, 116, 104)
+# Fuyu's released code pads with 1.0 before it divides by 255: nearly black.
+FUYU_PADDING = 1
 
 KERNELS = {
     'nearest': Image.Resampling.NEAREST,
@@ -47,6 +55,10 @@ def square(pixels_YXC, size, kernel, grid):
 def pad(pixels_YXC, size, kernel, grid):
   """Keeps the shape of the picture and pads evenly with whole cells.
 
+  The shorter side is rounded up to whole cells, and padding starts and ends on
+  a cell border, so that a cell is either picture or padding (EVE, arXiv
+  2406.11832, section 3.1, and its released preprocessing).
+
   Args:
     pixels_YXC: uint8 [Y, X, 3].
     size: Pixels (Y, X) of the canvas, divisible by the grid.
@@ -74,6 +86,67 @@ def pad(pixels_YXC, size, kernel, grid):
   return canvas, (top, left, height, width)
 
 
+def clip(pixels_YXC, size, kernel, grid):
+  """Crops to the centre as `transformers` does (CLIPImageProcessor).
+
+  Of an odd number of pixels too many, the odd one is cut off at the end.
+  """
+  del grid
+  return _crop(pixels_YXC, size, kernel, lambda extra: extra // 2), None
+
+
+def open_clip(pixels_YXC, size, kernel, grid):
+  """Crops to the centre as torchvision does: OpenAI's code, open_clip, EVA.
+
+  Half a pixel is rounded to an even number of pixels cut off in front.
+  """
+  del grid
+  return _crop(pixels_YXC, size, kernel, lambda extra: round(extra / 2)), None
+
+
+def _crop(pixels_YXC, size, kernel, start):
+  """The shorter side to `size`; `start`: pixels cut off in front of so many."""
+  edge = size[0]
+  y, x = pixels_YXC.shape[:2]
+  height, width = (edge * side // min(y, x) for side in (y, x))
+  top, left = start(height - edge), start(width - edge)
+  return resize(pixels_YXC, (height, width), kernel)[
+      top:top + edge, left:left + edge]
+
+
+def expand(pixels_YXC, size, kernel, grid):
+  """Pads to a square in the mean colour, then resizes (LLaVA-1.5).
+
+  To the model the padding is picture (arXiv 2310.03744, released code).
+  """
+  del grid
+  y, x = pixels_YXC.shape[:2]
+  edge = max(y, x)
+  top, left = (edge - y) // 2, (edge - x) // 2
+  canvas = np.empty((edge, edge, 3), np.uint8)
+  canvas[:] = PADDING
+  canvas[top:top + y, left:left + x] = pixels_YXC
+  return resize(canvas, size, kernel), None
+
+
+def fuyu(pixels_YXC, size, kernel, grid):
+  """Shrinks what is larger than the canvas; never enlarges (Fuyu-8B).
+
+  Returns:
+    The canvas and the rectangle of whole cells that hold any picture. Its last
+    row and column of cells may hold padding, which the model sees.
+  """
+  y, x = pixels_YXC.shape[:2]
+  if y > size[0] or x > size[1]:
+    scale = min(size[0] / y, size[1] / x)
+    # In floating point, as the reference, which fails where nothing is left.
+    y, x = (max(1, int(side * scale)) for side in (y, x))
+  canvas = np.full((*size, 3), FUYU_PADDING, np.uint8)
+  canvas[:y, :x] = resize(pixels_YXC, (y, x), kernel)
+  cell_y, cell_x = size[0] // grid[0], size[1] // grid[1]
+  return canvas, (0, 0, -(-y // cell_y) * cell_y, -(-x // cell_x) * cell_x)
+
+
 def check(size, fit, kernel, grid):
   """Raises UserError unless `fit_pixels` can serve these settings.
 
@@ -88,7 +161,13 @@ def check(size, fit, kernel, grid):
     if value not in allowed:
       raise errors.UserError(
           f'image.{field} is {value!r}; allowed: {", ".join(allowed)}')
-  if size[0] % grid[0] or size[1] % grid[1]:
+  if fit in SQUARES:
+    # What fills no cell is cut off by the model; no padding has to fit cells.
+    if size[0] != size[1]:
+      raise errors.UserError(
+          f'image.size is {tuple(size)}; with image.fit {fit!r} both sides '
+          'must be equal')
+  elif size[0] % grid[0] or size[1] % grid[1]:
     raise errors.UserError(
         f'image.size {tuple(size)} does not divide into the {grid[0]} x '
         f'{grid[1]} cells of the model')
@@ -127,4 +206,7 @@ def fit_document(document, size, fit, kernel, grid):
   return document_lib.Document(tuple(spans), document.id, document.meta)
 
 
-FITS = {'square': square, 'pad': pad}
+FITS = {'square': square, 'pad': pad, 'clip': clip, 'open_clip': open_clip,
+        'expand': expand, 'fuyu': fuyu}
+# Those that make a square only.
+SQUARES = ('clip', 'open_clip', 'expand')

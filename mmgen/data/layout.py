@@ -27,11 +27,12 @@ When only the upper left 2 x 2 cells hold real picture (a portrait padded to a
 landscape canvas), the table keeps its size and its numbers; the slots of the
 padding are left out: EVE's row reads 0, 1 2 4, 5 6 8.
 
-Every document is `<bos> spans <eos>` (Fuyu itself puts <bos> behind the
-picture). A slot's target is the token at the next slot of the same document.
-It has weight only if that token is text to be learnt, so a picture is never
-predicted, and its last slot predicts the first word after it. With roles
-input for "what?" and target for "fox", LLaVA style, 1 x 2 cells:
+Every document is `<bos> spans <eos>`; with bos='after_image', as in Fuyu-8B,
+the pictures that it begins with come before <bos>. A slot's target is the token
+at the next slot of the same document. It has weight only if that token is text
+to be learnt, so a picture is never predicted, and its last slot predicts the
+first word after it. With roles input for "what?" and target for "fox", LLaVA
+style, 1 x 2 cells:
 
   t          0       1       2       3     4     5     6
   tokens   <bos>  <patch> <patch>  what    ?    fox  <eos>
@@ -67,6 +68,8 @@ class ImageLayout:
       <newline> (`token`, Fuyu) or an embedding of the vision module (`table`,
       the split token of EVE, arXiv 2406.11832, section 3.2).
     border: The tokens <image> and </image> stand around.
+    bos: Whether <bos> stands `first` or `after_image`, behind all pictures that
+      a document begins with (Fuyu-8B, released code).
   """
 
   rows: int
@@ -74,6 +77,7 @@ class ImageLayout:
   class_slot: bool = False
   newline: Literal['none', 'token', 'table'] = 'none'
   border: bool = False
+  bos: Literal['first', 'after_image'] = 'first'
 
   @property
   def table_size(self) -> int:
@@ -175,9 +179,8 @@ def _lay_out(document, tokenizer, image_layout, end: bool = True) -> _Laid:
   if not document.spans:
     add(())
     return _Laid(*parts[0], images, boxes)
-  add([tokenizer.id('<bos>')])
   learn = 0.0
-  for span in document.spans:
+  for span in _with_bos(document.spans, image_layout):
     if span.kind == 'text':
       learn = 0.0 if span.role == 'input' else span.weight
       if isinstance(span.data, str):
@@ -200,6 +203,14 @@ def _lay_out(document, tokenizer, image_layout, end: bool = True) -> _Laid:
     add([tokenizer.id('<eos>')], learn)
   arrays = [np.concatenate(column) for column in zip(*parts)]
   return _Laid(*arrays, images, boxes)
+
+
+def _with_bos(spans, image_layout):
+  place = 0
+  if image_layout and image_layout.bos == 'after_image':
+    place = next((i for i, span in enumerate(spans) if span.kind != 'image'),
+                 len(spans))
+  return *spans[:place], document_lib.marks('<bos>'), *spans[place:]
 
 
 def sequence(

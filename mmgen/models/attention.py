@@ -125,6 +125,22 @@ def grid_rotary(x_BTNH, positions_BT2, theta):
   return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
+def turn(x_BTNH, positions, theta, rope, size):
+  """Turns the first `size` channels of each head, and leaves the others.
+
+  Args:
+    x_BTNH: queries or keys.
+    positions: as the rotary needs them.
+    theta: base of the frequencies, which are those of a head of `size`.
+    rope: a name in `ROTARY`.
+    size: channels to turn, up to H (GPT-NeoX, arXiv 2204.06745, section 2.1).
+  """
+  if size == x_BTNH.shape[-1]:
+    return ROTARY[rope](x_BTNH, positions, theta)
+  turned = ROTARY[rope](x_BTNH[..., :size], positions, theta)
+  return jnp.concatenate([turned, x_BTNH[..., size:]], axis=-1)
+
+
 def _turn(first, second, angles):
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   return first * cos - second * sin, second * cos + first * sin

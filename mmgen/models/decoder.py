@@ -1,8 +1,10 @@
-"""The text decoder of the LLaMA family: embedding, stack, head.
+"""The text decoder: embedding, stack, head.
 
 LLaMA (arXiv 2302.13971), Vicuna, and Qwen2.5 (arXiv 2412.15115; biases on
-query, key and value) differ in numbers only; the published ones stand in
-`SIZES`.
+query, key and value) differ in numbers only. Persimmon, the decoder of Fuyu-8B,
+whose released code is its specification, has layer norms, biases and a squared
+ReLU, norms of queries and keys, and turns half of the channels of each head.
+The published ones stand in `SIZES`.
 """
 
 import dataclasses
@@ -28,9 +30,15 @@ class DecoderConfig:
   hidden: int
   kv_heads: int | None = None
   head_dim: int | None = None
+  norm: str = 'rms'
   norm_eps: float = 1e-5
+  mlp: str = 'swiglu'
   qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  query_key_norm: bool = False
   rope_theta: float = 1e4
+  rope_share: float = 1.0
   remat: bool = False
   unroll: bool = False
   backend: str = 'plain'
@@ -52,9 +60,10 @@ class DecoderConfig:
 class Decoder(nn.Module):
   """Parameters {'embedding': [V, D], 'stack', 'head': {'kernel': [D, V]}}.
 
-  Every matrix starts at N(0, 0.02^2), the norms at 1, as in LLaMA's released
-  code. That suits small widths too: in pre-norm blocks only the ratio of each
-  block's output to the stream matters, and both start at the same scale.
+  Every matrix starts at N(0, 0.02^2), the norms at 1, biases at 0, as in the
+  released code of LLaMA and Persimmon. That suits small widths too: in pre-norm
+  blocks only the ratio of each block's output to the stream matters, and both
+  start at the same scale.
   """
   config: DecoderConfig
 
@@ -108,18 +117,27 @@ def flops_per_token(config, keys):
 
 
 # LLaMA: arXiv 2302.13971, table 2. Vicuna v1.5 has the shape of Llama 2
-# (arXiv 2307.09288), whose norms use 1e-5. Qwen2.5: arXiv 2412.15115, table 1.
+# (arXiv 2307.09288), whose norms use 1e-5; of 33B there is v1.3 alone, of the
+# shape of LLaMA. Qwen2.5: arXiv 2412.15115, table 1. Persimmon: released code.
+_LLAMA_33B = dict(vocab=32000, layers=60, width=6656, heads=52, hidden=17920,
+                  norm_eps=1e-6)
 SIZES = {
     'llama-7b': dict(vocab=32000, layers=32, width=4096, heads=32,
                      hidden=11008, norm_eps=1e-6),
     'llama-13b': dict(vocab=32000, layers=40, width=5120, heads=40,
                       hidden=13824, norm_eps=1e-6),
+    'llama-33b': _LLAMA_33B,
     'vicuna-7b': dict(vocab=32000, layers=32, width=4096, heads=32,
                       hidden=11008, norm_eps=1e-5),
     'vicuna-13b': dict(vocab=32000, layers=40, width=5120, heads=40,
                        hidden=13824, norm_eps=1e-5),
+    'vicuna-33b': _LLAMA_33B,
     'qwen2.5-7b': dict(vocab=152064, layers=28, width=3584, heads=28,
                        kv_heads=4, hidden=18944, norm_eps=1e-6, qkv_bias=True,
                        rope_theta=1e6),
+    'persimmon-8b': dict(vocab=262144, layers=36, width=4096, heads=64,
+                         hidden=16384, norm='layer', norm_eps=1e-5, mlp='relu2',
+                         qkv_bias=True, out_bias=True, mlp_bias=True,
+                         query_key_norm=True, rope_theta=25e3, rope_share=0.5),
     'mini': dict(vocab=1024, layers=3, width=128, heads=2, hidden=384),
 }

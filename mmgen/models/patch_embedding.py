@@ -35,20 +35,30 @@ class LinearPatchesConfig:
     patch: pixels along each edge of a patch.
     newline: what ends a row of patches, as in `layout.ImageLayout`; Fuyu puts
       an ordinary token there.
+    bos: where <bos> stands, as in `layout.ImageLayout`; Fuyu's weights want
+      'after_image'.
     mean, std: of the pixels in 0..1, by channel.
     dtype: compute dtype.
   """
   width: int
   patch: int = 30
   newline: str = 'token'
+  bos: str = 'first'
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   dtype: str = 'float32'
 
+  def __post_init__(self):
+    for field, allowed in (('newline', ('none', 'token')),
+                           ('bos', ('first', 'after_image'))):
+      if getattr(self, field) not in allowed:
+        raise ValueError(f'vision.{field} is {getattr(self, field)!r}; '
+                         f'allowed: {", ".join(allowed)}.')
+
   def image_layout(self, image_size):
     """The slots of a picture of `image_size` (rows, columns) pixels."""
     rows, cols = _grid(image_size, self.patch, 'vision.patch')
-    return layout.ImageLayout(rows, cols, newline=self.newline)
+    return layout.ImageLayout(rows, cols, newline=self.newline, bos=self.bos)
 
 
 class LinearPatches(nn.Module):

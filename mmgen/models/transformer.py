@@ -37,10 +37,13 @@ class StackConfig:
     out_bias, mlp_bias: biases of the other projections.
     inner_attention_norm, inner_mlp_norm: one more norm before the last matrix
       of the attention, of the MLP (sub-LN; Magneto, arXiv 2210.06423).
+    query_key_norm: norms over the channels of a head, one of all queries, one
+      of all keys, before positions turn them (arXiv 2302.05442, section 2).
     layer_scale: initial factor of each branch, by channel; None for none
       (CaiT, arXiv 2103.17239).
     rope: a name in `attention.ROTARY`: how positions turn queries and keys.
     rope_theta: base of rotary positions; None for none.
+    rope_share: of the channels of a head, part that turns: the first ones.
     final_norm: a norm after the last block.
     init: a name in `INITS`.
     remat: recompute each block in the backward pass.
@@ -63,9 +66,11 @@ class StackConfig:
   mlp_bias: bool = False
   inner_attention_norm: bool = False
   inner_mlp_norm: bool = False
+  query_key_norm: bool = False
   layer_scale: float | None = None
   rope: str = 'line'
   rope_theta: float | None = None
+  rope_share: float = 1.0
   final_norm: bool = True
   init: str = 'llama'
   remat: bool = False
@@ -88,12 +93,14 @@ class StackConfig:
     if self.heads % self.K:
       raise ValueError(f'kv_heads: {self.K}; allowed: divisors of heads, '
                        f'{self.heads}.')
-    if self.rope_theta is not None and self.H % 2:
-      raise ValueError(f'head_dim: {self.H} is odd; rotary positions turn '
-                       'pairs.')
-    if self.rope_theta is not None and self.rope == 'grid' and self.H % 4:
-      raise ValueError(f"head_dim: {self.H}; allowed with rope 'grid': "
-                       'multiples of 4, a pair for each of two axes.')
+    # A pair turns at once; on a grid, one for each of two axes.
+    pairs = {'line': 2, 'grid': 4}[self.rope]
+    if self.rope_theta is not None and (
+        self.rope_size % pairs or not 0 < self.rope_size <= self.H):
+      raise ValueError(
+          f'head_dim: {self.H} with rope_share {self.rope_share} turns '
+          f'{self.rope_size} channels; allowed with rope {self.rope!r}: '
+          f'multiples of {pairs}, up to head_dim.')
 
   @property
   def K(self):
@@ -102,6 +109,10 @@ class StackConfig:
   @property
   def H(self):
     return self.head_dim or self.width // self.heads
+
+  @property
+  def rope_size(self):
+    return int(self.H * self.rope_share)
 
 
 class RMSNorm(nn.Module):
@@ -176,10 +187,12 @@ class SelfAttention(nn.Module):
     q = project((c.heads, c.H), name='query')(x_BTD)
     k = project((c.K, c.H), use_bias=c.qkv_bias is True, name='key')(x_BTD)
     v = project((c.K, c.H), name='value')(x_BTD)
+    if c.query_key_norm:
+      norm = functools.partial(NORMS[c.norm], c.norm_eps, c.dtype)
+      q, k = norm(name='query_norm')(q), norm(name='key_norm')(k)
     if c.rope_theta is not None:
-      turn = attention.ROTARY[c.rope]
-      q = turn(q, positions_BT, c.rope_theta)
-      k = turn(k, positions_BT, c.rope_theta)
+      q, k = (attention.turn(x, positions_BT, c.rope_theta, c.rope, c.rope_size)
+              for x in (q, k))
     q = partition.constrain(q, 'batch', 'length', 'heads', 'head_dim')
     if cache is not None:
       rows = jnp.arange(x_BTD.shape[0])[:, None]

@@ -1,4 +1,13 @@
-"""Tests of mmgen.data.image."""
+"""Tests of mmgen.data.image.
+
+tests/golden/image_fits.npz holds what the image processors of transformers
+4.56.2 (CLIP's, LLaVA's, Fuyu's) and open_clip 3.3.0 (torchvision 0.28.0) make
+of noise, before they scale it; Pillow 13.0.0.
+"""
+
+import functools
+import hashlib
+import pathlib
 
 import numpy as np
 import pytest
@@ -10,6 +19,22 @@ from mmgen.data import image
 
 def noise(y, x):
   return np.random.default_rng(0).integers(0, 256, (y, x, 3), np.uint8)
+
+
+@functools.cache
+def golden():
+  path = pathlib.Path(__file__).parents[1] / 'golden' / 'image_fits.npz'
+  with np.load(path) as file:
+    return dict(file)
+
+
+def drawn(seed, size):
+  """The noise of which only a hash of the result is stored."""
+  return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+
+
+def sha256(pixels):
+  return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
 def eve_cells(y, x, cells=24):
@@ -68,6 +93,68 @@ def test_pad_by_hand_on_a_canvas_that_is_not_square():
   assert valid == (0, 0, 4, 12)
 
 
+@pytest.mark.parametrize('edge', [13, 24])
+@pytest.mark.parametrize('fit', image.SQUARES)
+def test_squares_equal_the_reference(fit, edge):
+  # 37 x 23, 40 x 1, 1 x 40, 5 x 9, 60 x 61, 13 x 13, ... pixels
+  for i in range(len(golden()['sizes'])):
+    pixels, valid = image.fit_pixels(
+        golden()[f'picture/{i}'], (edge, edge), fit, 'bicubic', (3, 3))
+    np.testing.assert_array_equal(pixels, golden()[f'{fit}/{edge}/{i}'])
+    assert valid is None
+
+
+@pytest.mark.parametrize('fit', image.SQUARES)
+def test_squares_of_336_pixels_equal_the_reference(fit):
+  for i, size in enumerate(golden()['true']):
+    pixels, _ = image.fit_pixels(
+        drawn(300 + i, size), (336, 336), fit, 'bicubic', (24, 24))
+    assert sha256(pixels) == golden()[f'{fit}/true_hashes'][i]
+
+
+def test_clip_and_open_clip_cut_off_different_pixels():
+  # 7 pixels too many: three are cut off in front, or four.
+  picture = np.arange(8 * 15 * 3, dtype=np.uint8).reshape(8, 15, 3)
+  clip, open_clip = (image.fit_pixels(picture, (8, 8), fit, 'bicubic', (2, 2))
+                     for fit in ('clip', 'open_clip'))
+  np.testing.assert_array_equal(clip[0], picture[:, 3:11])
+  np.testing.assert_array_equal(open_clip[0], picture[:, 4:12])
+
+
+def test_expand_by_hand():
+  pixels, _ = image.fit_pixels(noise(8, 5), (8, 8), 'expand', 'bicubic', (2, 2))
+  np.testing.assert_array_equal(pixels[:, 1:6], noise(8, 5))
+  assert (pixels[:, [0, 6, 7]] == (122, 116, 104)).all()
+
+
+def test_fuyu_equals_the_reference():
+  # A canvas of 20 x 35 pixels and cells of 5 x 5: pictures smaller, larger in
+  # one and in both directions, and 77 rows that shrink to 19 by rounding.
+  for i in range(len(golden()['fuyu/sizes'])):
+    pixels, valid = image.fit_pixels(
+        golden()[f'fuyu/picture/{i}'], (20, 35), 'fuyu', 'bilinear', (4, 7))
+    expected = golden()[f'fuyu/crop/{i}']
+    assert valid == (0, 0, *expected.shape[:2])
+    np.testing.assert_array_equal(pixels[:valid[2], :valid[3]], expected)
+    assert (pixels[valid[2]:] == 1).all() and (pixels[:, valid[3]:] == 1).all()
+
+
+def test_fuyu_of_the_published_size_equals_the_reference():
+  for i, size in enumerate(golden()['fuyu/true']):
+    pixels, valid = image.fit_pixels(
+        drawn(200 + i, size), (1080, 1920), 'fuyu', 'bilinear', (36, 64))
+    assert valid == (0, 0, *golden()['fuyu/true_crops'][i])
+    crop = pixels[:valid[2], :valid[3]]
+    assert sha256(crop) == golden()['fuyu/true_hashes'][i]
+
+
+def test_fuyu_keeps_a_pixel_of_what_the_reference_refuses():
+  pixels, valid = image.fit_pixels(noise(1, 90), (20, 35), 'fuyu', 'bilinear',
+                                   (4, 7))
+  assert valid == (0, 0, 5, 35)
+  assert (pixels[1:] == 1).all() and (pixels[0] > 1).any()
+
+
 def test_fit_document_touches_pictures_only():
   d = document.Document(
       (document.text('a'), document.image(noise(4, 2))), 'd', {'k': 1})
@@ -86,6 +173,10 @@ def test_errors_name_the_field():
     image.check((8, 8), 'pad', 'cubic', (2, 2))
   with pytest.raises(errors.UserError, match=r'image.size \(8, 9\).*2 x 2'):
     image.check((8, 9), 'pad', 'bicubic', (2, 2))
+  with pytest.raises(errors.UserError, match="'expand' both sides must be eq"):
+    image.check((8, 12), 'expand', 'bicubic', (2, 2))
+  # CLIP's convolution leaves out what does not fill a patch.
+  image.check((9, 9), 'clip', 'bicubic', (2, 2))
   for wrong in (noise(4, 4).astype(float), noise(4, 4)[..., :1],
                 noise(4, 4)[:0]):
     with pytest.raises(ValueError, match='uint8'):

@@ -19,6 +19,7 @@ BEGIN, END = LETTERS.id('<image>'), LETTERS.id('</image>')
 A, B, C = LETTERS.encode('abc')
 
 FUYU = layout.ImageLayout(2, 3, newline='token')
+FUYU_8B = layout.ImageLayout(2, 3, newline='token', bos='after_image')
 EVE = layout.ImageLayout(2, 3, class_slot=True, newline='table')
 LLAVA = layout.ImageLayout(2, 3)
 BORDERED = layout.ImageLayout(2, 3, border=True)
@@ -71,6 +72,47 @@ def test_fuyu_arrays():
   np.testing.assert_array_equal(row['positions'], np.arange(12))
   np.testing.assert_array_equal(row['segments'], np.ones(12))
   np.testing.assert_array_equal(row['image_box'], [[0, 0, 2, 3]])
+
+
+def test_fuyu_8b_begins_behind_the_picture():
+  row = one_row(captioned(), FUYU_8B, 12)
+  np.testing.assert_array_equal(row['tokens'], [
+      PATCH, PATCH, PATCH, NEWLINE, PATCH, PATCH, PATCH, NEWLINE, BOS,
+      A, B, EOS])
+  np.testing.assert_array_equal(
+      row['visual'], [0, 1, 2, -1, 3, 4, 5, -1, -1, -1, -1, -1])
+  np.testing.assert_array_equal(
+      row['image_index'], [0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1])
+  np.testing.assert_array_equal(row['targets'], [
+      PATCH, PATCH, NEWLINE, PATCH, PATCH, PATCH, NEWLINE, BOS, A, B, EOS, 0])
+  # <bos> itself is not learnt.
+  np.testing.assert_array_equal(
+      row['weights'], [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0])
+  np.testing.assert_array_equal(row['positions'], np.arange(12))
+  np.testing.assert_array_equal(row['segments'], np.ones(12))
+
+
+def test_bos_stands_behind_the_pictures_of_the_beginning_only():
+  text = document.text('a')
+  tokens = lambda *spans: [
+      {PATCH: 'p', NEWLINE: 'n', BOS: 's', EOS: 'e', A: 'a', 0: ''}[t]
+      for t in one_row(doc(*spans), FUYU_8B, 20,
+                       sum(s.kind == 'image' for s in spans))['tokens']]
+  image = 'pppnpppn'
+  assert ''.join(tokens(text)) == 'sae'
+  assert ''.join(tokens(text, picture())) == f'sa{image}e'
+  assert ''.join(tokens(picture(), picture())) == f'{image}{image}se'
+  assert ''.join(tokens(picture(), text, picture())) == f'{image}sa{image}e'
+
+
+def test_prompt_of_a_caption_ends_in_bos_behind_the_picture():
+  arrays, lengths = layout.prompt(
+      [captioned('abc'), doc(document.text('ab'))], LETTERS, FUYU_8B, 16, 1)
+  np.testing.assert_array_equal(lengths, [9, 1])
+  full = one_row(captioned('abc'), FUYU_8B, 16)
+  np.testing.assert_array_equal(arrays['tokens'][0, :9], full['tokens'][:9])
+  assert arrays['tokens'][0, 8] == arrays['tokens'][1, 0] == BOS
+  assert full['targets'][8] == A and full['weights'][8] == 1
 
 
 def test_eve_arrays():

@@ -160,6 +160,20 @@ def test_rotary_turns_pairs_by_the_relative_distance():
   np.testing.assert_allclose(dots(turned), dots(shifted), atol=1e-3)
 
 
+@pytest.mark.parametrize('rope', attention.ROTARY)
+def test_a_part_of_a_head_turns_as_a_smaller_head(rope):
+  x = jax.random.normal(jax.random.key(0), (2, 3, 2, 12))
+  positions = jax.random.uniform(
+      jax.random.key(1), (2, 3, 2) if rope == 'grid' else (2, 3)) * 9
+  part = attention.turn(x, positions, 100.0, rope, 8)
+  np.testing.assert_array_equal(
+      part[..., :8], attention.ROTARY[rope](x[..., :8], positions, 100.0))
+  np.testing.assert_array_equal(part[..., 8:], x[..., 8:])
+  np.testing.assert_array_equal(
+      attention.turn(x, positions, 100.0, rope, 12),
+      attention.ROTARY[rope](x, positions, 100.0))
+
+
 def test_errors_name_what_is_wrong():
   q, k, v = _qkv()
   with pytest.raises(ValueError, match="'flash'; allowed: plain, xla"):

@@ -1,16 +1,14 @@
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 from mmgen.models import attention
 from mmgen.models import decoder
-
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
 # Arrays of transformers 4.46.3 with random weights, float32, eager attention:
 # two rows, the second packed with two documents and padding.
@@ -23,47 +21,12 @@ CONFIGS = {
 }
 
 
-def from_reference(weights, config):
-  """Parameters of `Decoder` from tensors under their reference names."""
-  blocks = []
-  for i in range(config.layers):
-    get = lambda name, i=i: weights[f'model.layers.{i}.{name}']
-    H = config.stack.H
-    projections = {}
-    for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v')):
-      kernel = get(f'self_attn.{theirs}_proj.weight').T
-      projections[ours] = {'kernel': kernel.reshape(config.width, -1, H)}
-      if config.qkv_bias:
-        bias = get(f'self_attn.{theirs}_proj.bias')
-        projections[ours]['bias'] = bias.reshape(-1, H)
-    out = get('self_attn.o_proj.weight').T.reshape(-1, H, config.width)
-    blocks.append({
-        'attention': {**projections, 'out': {'kernel': out}},
-        'attention_norm': {'scale': get('input_layernorm.weight')},
-        'mlp': {name: {'kernel': get(f'mlp.{name}_proj.weight').T}
-                for name in ('gate', 'up', 'down')},
-        'mlp_norm': {'scale': get('post_attention_layernorm.weight')}})
-  return {
-      'embedding': weights['model.embed_tokens.weight'],
-      'stack': {'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks),
-                'final_norm': {'scale': weights['model.norm.weight']}},
-      'head': {'kernel': weights['lm_head.weight'].T}}
-
-
-def relative_error(got, want):
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert got.shape == want.shape
-  return np.abs(got - want).max() / np.abs(want).max()
-
-
 @pytest.mark.parametrize('unroll', [False, True])
 @pytest.mark.parametrize('name', CONFIGS)
 def test_equals_the_reference_at_every_layer(name, unroll):
   config = dataclasses.replace(CONFIGS[name], unroll=unroll)
-  golden = np.load(GOLDEN / f'{name}.npz')
-  params = from_reference(
-      {key.removeprefix('weights/'): golden[key] for key in golden.files
-       if key.startswith('weights/')}, config)
+  golden, weights = reference.load(name)
+  params = reference.llama(weights, config)
   model = decoder.Decoder(config)
   shapes = jax.eval_shape(
       functools.partial(_everything, model), jax.random.key(0))['params']
@@ -79,9 +42,9 @@ def test_equals_the_reference_at_every_layer(name, unroll):
                         taps=tuple(range(config.layers)))
     logits = bound.logits(hidden)
   for layer, tap in out['taps'].items():
-    assert relative_error(tap, golden[f'hidden/{layer}']) < 1e-5, layer
-  assert relative_error(hidden, golden[f'hidden/{config.layers}']) < 1e-5
-  assert relative_error(logits, golden['logits']) < 1e-5
+    assert reference.error(tap, golden[f'hidden/{layer}']) < 1e-5, layer
+  assert reference.error(hidden, golden[f'hidden/{config.layers}']) < 1e-5
+  assert reference.error(logits, golden['logits']) < 1e-5
 
 
 def _everything(model, key):
@@ -96,7 +59,8 @@ def _everything(model, key):
 @pytest.mark.parametrize('size, count', [
     ('llama-7b', 6_738_415_616), ('vicuna-7b', 6_738_415_616),
     ('llama-13b', 13_015_864_320), ('vicuna-13b', 13_015_864_320),
-    ('qwen2.5-7b', 7_615_616_512)])
+    ('llama-33b', 32_528_943_616), ('vicuna-33b', 32_528_943_616),
+    ('qwen2.5-7b', 7_615_616_512), ('persimmon-8b', 9_397_175_296)])
 def test_published_sizes_have_their_parameters(size, count):
   model = decoder.Decoder(decoder.sized(size))
   shapes = jax.eval_shape(
@@ -108,7 +72,8 @@ def test_published_sizes_have_their_constants():
   constants = lambda size: (
       decoder.sized(size).norm_eps, decoder.sized(size).rope_theta)
   assert constants('llama-7b') == (1e-6, 1e4)
-  assert constants('vicuna-7b') == (1e-5, 1e4)
+  assert constants('llama-33b') == constants('vicuna-33b') == (1e-6, 1e4)
+  assert constants('vicuna-7b') == constants('vicuna-13b') == (1e-5, 1e4)
   assert constants('qwen2.5-7b') == (1e-6, 1e6)
   assert decoder.sized('mini', vocab=99).vocab == 99
   with pytest.raises(ValueError, match="'llama-8b'; allowed: llama-7b"):

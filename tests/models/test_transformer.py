@@ -66,11 +66,13 @@ def test_scan_unroll_and_remat_are_equal(options):
     np.testing.assert_array_equal(a, b)
 
 
-# Everything that EVA-CLIP does unlike CLIP; numbers are in test_eva_clip.py.
+# Everything that EVA-CLIP and Fuyu do unlike CLIP; numbers are in
+# test_eva_clip.py and test_fuyu.py.
 EVA = transformer.StackConfig(
     layers=2, width=24, heads=3, hidden=20, norm='layer', placement='post',
     qkv_bias='qv', out_bias=True, mlp_bias=True, inner_attention_norm=True,
-    inner_mlp_norm=True, layer_scale=0.1, rope='grid', rope_theta=100.0)
+    inner_mlp_norm=True, query_key_norm=True, layer_scale=0.1, rope='grid',
+    rope_theta=100.0, rope_share=0.5)
 PLACES = jax.random.uniform(jax.random.key(2), (B, T, 2)) * 9
 
 
@@ -105,14 +107,19 @@ def test_parameters_of_the_options():
       for path, _ in jax.tree_util.tree_leaves_with_path(tree['blocks'])}
   plain = dataclasses.replace(
       EVA, qkv_bias=True, inner_attention_norm=False, inner_mlp_norm=False,
-      layer_scale=None)
+      query_key_norm=False, layer_scale=None)
   plain = jax.eval_shape(
       transformer.Stack(plain).init, jax.random.key(0), _inputs(),
       attention.Mask(), PLACES)['params']
   assert names(plain) - names(_eva_params()) == {'attention/key/bias'}
   assert names(_eva_params()) - names(plain) == {
       'attention_scale', 'mlp_scale', 'attention/norm/scale',
-      'attention/norm/bias', 'mlp/norm/scale', 'mlp/norm/bias'}
+      'attention/norm/bias', 'mlp/norm/scale', 'mlp/norm/bias',
+      'attention/query_norm/scale', 'attention/query_norm/bias',
+      'attention/key_norm/scale', 'attention/key_norm/bias'}
+  # One for all heads.
+  norm = _eva_params()['blocks']['attention']['query_norm']
+  assert norm['scale'].shape == norm['bias'].shape == (2, 8)
 
 
 def test_layer_scale_comes_after_the_norm():
@@ -320,8 +327,11 @@ def test_block_flops_by_hand():
     (dict(mlp='silu'), 'allowed: swiglu, gelu, gelu_tanh, quick_gelu, relu2'),
     (dict(heads=5), 'heads: 5 does not divide width 24'),
     (dict(kv_heads=4), 'kv_heads: 4; allowed: divisors of heads, 6'),
-    (dict(head_dim=3), 'head_dim: 3 is odd'),
-    (dict(rope='grid', head_dim=6), "head_dim: 6; allowed with rope 'grid'"),
+    (dict(head_dim=3), "turns 3 channels; allowed with rope 'line': multiples"),
+    (dict(rope='grid', head_dim=6), "6 channels; .*'grid': multiples of 4"),
+    (dict(head_dim=6, rope_share=0.5), 'head_dim: 6 with rope_share 0.5 turns'),
+    (dict(rope_share=1.5), 'turns 6 channels; .* up to head_dim'),
+    (dict(rope_share=0.1), 'turns 0 channels'),
     (dict(rope='spiral'), "rope: 'spiral'; allowed: line, grid"),
     (dict(placement='both'), "placement: 'both'; allowed: pre, post"),
     (dict(qkv_bias='k'), "qkv_bias: 'k'; allowed: True, False, qv")])

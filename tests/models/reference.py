@@ -1,0 +1,159 @@
+"""Stored arrays of references, and their parameters as ours."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+
+
+def load(name):
+  """(arrays, weights) of a golden file; weights under their own names."""
+  with np.load(GOLDEN / f'{name}.npz') as file:
+    arrays = dict(file)
+  weights = {key.removeprefix('weights/'): arrays.pop(key)
+             for key in list(arrays) if key.startswith('weights/')}
+  return arrays, weights
+
+
+def error(got, want):
+  """The largest difference, over the largest number that is wanted."""
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert got.shape == want.shape
+  return np.abs(got - want).max() / np.abs(want).max()
+
+
+def dense(weights, name):
+  """{'kernel': [inputs, outputs]}, and the bias if there is one."""
+  tree = {'kernel': weights[f'{name}.weight'].T}
+  if f'{name}.bias' in weights:
+    tree['bias'] = weights[f'{name}.bias']
+  return tree
+
+
+def norm(weights, name):
+  """Scale, and the bias if there is one."""
+  tree = {'scale': weights[f'{name}.weight']}
+  if f'{name}.bias' in weights:
+    tree['bias'] = weights[f'{name}.bias']
+  return tree
+
+
+def attention(weights, names, H):
+  """Trees of query, key, value and out from {ours: theirs}; heads of H."""
+  tree = {}
+  for ours, theirs in names.items():
+    part = dense(weights, theirs)
+    if ours == 'out':
+      part['kernel'] = part['kernel'].reshape(-1, H, part['kernel'].shape[1])
+    else:
+      part = {k: v.reshape(*v.shape[:-1], -1, H) for k, v in part.items()}
+    tree[ours] = part
+  return tree
+
+
+def stacked(blocks, final_norm):
+  return {'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks),
+          'final_norm': final_norm}
+
+
+def llama(weights, config, prefix=''):
+  """Parameters of `Decoder` from those of LlamaForCausalLM or Qwen2's.
+
+  Args:
+    weights: {name: array}; gradients serve as well.
+    config: a `DecoderConfig`.
+    prefix: of all names.
+  """
+  blocks = []
+  for i in range(config.layers):
+    name = f'{prefix}model.layers.{i}'
+    blocks.append({
+        'attention': attention(
+            weights, {ours: f'{name}.self_attn.{ours[0]}_proj'
+                      for ours in ('query', 'key', 'value', 'out')},
+            config.stack.H),
+        'attention_norm': norm(weights, f'{name}.input_layernorm'),
+        'mlp': {part: dense(weights, f'{name}.mlp.{part}_proj')
+                for part in ('gate', 'up', 'down')},
+        'mlp_norm': norm(weights, f'{name}.post_attention_layernorm')})
+  return {
+      'embedding': weights[f'{prefix}model.embed_tokens.weight'],
+      'stack': stacked(blocks, norm(weights, f'{prefix}model.norm')),
+      'head': dense(weights, f'{prefix}lm_head')}
+
+
+def clip_tower(weights, config, prefix):
+  """Parameters of `VisionEncoder` from those of CLIPVisionModel."""
+  blocks = []
+  for i in range(config.layers):
+    name = f'{prefix}encoder.layers.{i}'
+    blocks.append({
+        'attention': attention(
+            weights, {ours: f'{name}.self_attn.{theirs}_proj'
+                      for ours, theirs in dict(query='q', key='k', value='v',
+                                               out='out').items()},
+            config.stack.H),
+        'attention_norm': norm(weights, f'{name}.layer_norm1'),
+        'mlp': {'up': dense(weights, f'{name}.mlp.fc1'),
+                'down': dense(weights, f'{name}.mlp.fc2')},
+        'mlp_norm': norm(weights, f'{name}.layer_norm2')})
+  stem = weights[f'{prefix}embeddings.patch_embedding.weight']
+  return {
+      'patch_embedding': {'kernel': stem.transpose(2, 3, 1, 0).reshape(
+          -1, config.width)},
+      'class_embedding': weights[f'{prefix}embeddings.class_embedding'],
+      'position_embedding': weights[
+          f'{prefix}embeddings.position_embedding.weight'],
+      'pre_norm': norm(weights, f'{prefix}pre_layrnorm'),
+      'stack': stacked(blocks, norm(weights, f'{prefix}post_layernorm'))}
+
+
+def persimmon(weights, config, prefix=''):
+  """Parameters of `Decoder` from those of PersimmonForCausalLM."""
+  blocks = []
+  H = config.stack.H
+  for i in range(config.layers):
+    name = f'{prefix}model.layers.{i}'
+    # Head by head: its query, its key, its value.
+    fused = weights[f'{name}.self_attn.query_key_value.weight'].reshape(
+        config.heads, 3, H, config.width)
+    bias = weights[f'{name}.self_attn.query_key_value.bias'].reshape(
+        config.heads, 3, H)
+    projections = {
+        part: {'kernel': fused[:, j].transpose(2, 0, 1), 'bias': bias[:, j]}
+        for j, part in enumerate(('query', 'key', 'value'))}
+    blocks.append({
+        'attention': projections | attention(
+            weights, {'out': f'{name}.self_attn.dense'}, H) | {
+                f'{part}_norm': norm(
+                    weights, f'{name}.self_attn.{part[0]}_layernorm')
+                for part in ('query', 'key')},
+        'attention_norm': norm(weights, f'{name}.input_layernorm'),
+        'mlp': {'up': dense(weights, f'{name}.mlp.dense_h_to_4h'),
+                'down': dense(weights, f'{name}.mlp.dense_4h_to_h')},
+        'mlp_norm': norm(weights, f'{name}.post_attention_layernorm')})
+  return {
+      'embedding': weights[f'{prefix}model.embed_tokens.weight'],
+      'stack': stacked(blocks, norm(weights, f'{prefix}model.final_layernorm')),
+      'head': dense(weights, f'{prefix}lm_head')}
+
+
+class Ids:
+  """A tokenizer of letters; reserved names have the ids of the references."""
+  names = {'<pad>': 0, '<bos>': 1, '<eos>': 2, '<answer>': 4, '<patch>': 9,
+           '<newline>': 10, '<user>': 11, '<assistant>': 12}
+
+  def id(self, name):
+    return self.names[name]
+
+  def encode(self, text):
+    return [16 + ord(letter) - ord('a') for letter in text]
+
+
+def spans(arrays):
+  """Yields (row, slots) of each document in packed rows."""
+  for row, segments in enumerate(np.asarray(arrays['segments'])):
+    for segment in range(1, segments.max() + 1):
+      yield row, segments == segment
