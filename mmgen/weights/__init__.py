@@ -15,11 +15,16 @@ import jax
 
 from mmgen import errors
 from mmgen.weights import clip
+from mmgen.weights import decoders
+from mmgen.weights import eva_clip
 from mmgen.weights import files
+from mmgen.weights import fuyu
 from mmgen.weights import layout as layout_lib
+from mmgen.weights import llava
 
 # The first that recognises a file has it.
-FAMILIES = {**clip.LAYOUTS}
+FAMILIES = {**eva_clip.LAYOUTS, **clip.LAYOUTS, **llava.LAYOUTS,
+            **fuyu.LAYOUTS, **decoders.LAYOUTS}
 
 _BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json')
 _TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'spiece.model')

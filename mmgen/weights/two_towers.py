@@ -33,7 +33,8 @@ _SAYABLE = {
 }
 
 
-def recognise(tensors, beside, said, *, rules, base, stated):
+def recognise(tensors, beside, said, *, rules, base, stated,
+              told=lambda sizes: {}, sayable=_SAYABLE):
   """The config of tensors by one layout.
 
   Args:
@@ -44,6 +45,9 @@ def recognise(tensors, beside, said, *, rules, base, stated):
     base: config of the family, which has what nothing else tells.
     stated: function (tensors, beside, base) -> as `said`, by the JSON files;
       None stands for what has to be said.
+    told: function from sizes, {'vision.width': size, ...}, to what a model of
+      these sizes has beside; the JSON files go before it.
+    sayable: {field: how to say it}. A field that is said to be 'none' is None.
 
   Returns:
     `ClipConfig`, or None if the tensors are of another layout.
@@ -62,22 +66,25 @@ def recognise(tensors, beside, said, *, rules, base, stated):
   if not all(any(shapes for ours, shapes in found.items()
                  if ours.startswith(part)) for part in parts):
     return None
-  known = _sizes(found, base) | stated(tensors, beside, base)
+  known = _sizes(found, base)
+  known |= told(known) | stated(tensors, beside, base)
   for field, value in said.items():
-    if field not in _SAYABLE:
+    if field not in sayable:
       raise errors.UserError(f'{field} cannot be said of CLIP; what can: '
-                             f'{", ".join(_SAYABLE)}.')
+                             f'{", ".join(sayable)}.')
     value = tuple(value) if isinstance(value, list) else value
     known |= {f'{tower}.mlp': value for tower in TOWERS
               } if field == 'mlp' else {field: value}
-  asked = sorted({'mlp' if field.endswith('.mlp') else field
+  both = 'mlp' in sayable  # the towers are asked for as one
+  asked = sorted({'mlp' if both and field.endswith('.mlp') else field
                   for field, value in known.items() if value is None})
   if asked:
     raise errors.UserError(
         'neither the tensors nor a JSON file beside them tell '
-        + ' and '.join(f'{field} ({_SAYABLE[field]})' for field in asked)
+        + ' and '.join(f'{field} ({sayable[field]})' for field in asked)
         + f'. Say so: --say={asked[0]}=..., or said={{{asked[0]!r}: ...}}.')
-  return _replace(base, known)
+  return _replace(base, {field: None if value == 'none' else value
+                         for field, value in known.items()})
 
 
 def _replace(base, known):

@@ -1,0 +1,282 @@
+"""LLaVA-1.5 as it is published (arXiv 2310.03744).
+
+  llava            the authors' own, without the image tower: a CLIP as it was
+  llava_tower      the same, with it
+  llava_projector  the authors' mm_projector.bin of stage 1: the connector alone
+  hf_llava         transformers' files
+  hf_llava_new     the same, as transformers has them in memory since 4.52
+
+The authors' config names the CLIP and does not describe it; of the tower inside
+it are the shapes that tell which published one it is.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from mmgen import errors
+from mmgen.models import clip
+from mmgen.models import connector
+from mmgen.models import multimodal
+from mmgen.models import vision_encoder
+from mmgen.weights import clip as clip_layouts
+from mmgen.weights import decoders
+from mmgen.weights import layout
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+  """Of the parts of a layout.
+
+  Attributes:
+    decoder: a `decoders.Names`.
+    up, down: of the connector.
+    tower: before 'vision_model.'; None where the file has no tower.
+    own: whether config.json is as the authors write it.
+  """
+  decoder: decoders.Names
+  up: str
+  down: str
+  tower: str | None
+  own: bool = False
+
+
+# ---------------------------------------------------------------------------
+# Rules
+
+
+def _rules(config, names):
+  tower = [] if names.tower is None else _tower_rules(config.vision,
+                                                      names.tower)
+  return [*tower, *_connector_rules(names),
+          *decoders.rules(config.decoder, names.decoder)]
+
+
+def _connector_rules(names):
+  return [*layout.linear('connector/up', names.up),
+          *layout.linear('connector/down', names.down)]
+
+
+def _tower_rules(config, prefix):
+  """Those of CLIP's image tower, within another model."""
+  whole = dataclasses.replace(clip.SIZES['clip-b32'], vision=config)
+  return [
+      dataclasses.replace(rule, theirs=tuple(
+          prefix + name for name in rule.theirs))
+      for rule in clip_layouts.LAYOUTS['hf_clip'].rules(whole)
+      if rule.ours[0].startswith('vision/')]
+
+
+# ---------------------------------------------------------------------------
+# Which model it is
+
+
+def _recognise(tensors, beside, said, names):
+  """The `MultimodalConfig`, or None."""
+  has_tower = any('vision_tower.' in name for name in tensors)
+  if (f'{names.up}.weight' not in tensors
+      or has_tower != (names.tower is not None)):
+    return None
+  own = beside.get('config.json', {})
+  kind = own.get('model_type')
+  own = own if kind else {}
+  text = own if names.own else own.get('text_config') or {}
+  sizes = decoders.sizes(tensors, names.decoder, text)
+  shapes = _tower_sizes(tensors, names.tower, own) if has_tower else {}
+  if sizes is None or shapes is None:
+    return None
+  if kind not in (None, 'llava', 'llava_llama'):
+    raise errors.UserError(f'config.json has model_type {kind!r}, and the '
+                           "tensors have the names of a 'llava'.")
+  tower = (_known_tower(shapes, own) if has_tower
+           else {'vision.size': _tower_name(tensors, names, own, sizes)})
+  tower['vision.tap'] = _tap(own)
+  known = decoders.settle(
+      _known_decoder(sizes, text, own, names) | tower, said,
+      decoders.SAYABLE | {name: _SAYABLE[name] for name in tower})
+  vision = decoders.make(
+      vision_encoder.VisionEncoderConfig if has_tower else vision_encoder.sized,
+      shapes | _pixels(beside) | decoders.within(known, 'vision'))
+  return decoders.make(multimodal.MultimodalConfig, dict(
+      decoder=decoders.config(sizes, known), vision=vision,
+      connector=_connector(tensors, names)))
+
+
+def _known_decoder(sizes, text, own, names):
+  """As `decoders.known`; LLaVA-1.5 is made of Vicuna."""
+  if not own:
+    sizes = {field: size for field, size in sizes.items() if field != 'vocab'}
+    return decoders.known(sizes, {}, ('vicuna-7b', 'vicuna-13b'))
+  if not names.own:
+    decoders.refuse(text, model_type=('llama', 'qwen2'))
+  # Without a text_config it is what LlamaConfig is by default.
+  return decoders.known(sizes, text or {'model_type': 'llama'})
+
+
+def _tower_sizes(tensors, prefix, own):
+  """Fields of the tower by shapes and, before them, a config; or None."""
+  prefix += 'vision_model.'
+  block = f'{prefix}encoder.layers.{{layer}}.'
+  if not decoders.any_of(tensors, f'{block}mlp.fc1.weight'):
+    return None
+  shape = functools.partial(decoders.shape, tensors)
+  sizes = dict(
+      layers=decoders.layers(tensors, block),
+      width=shape(f'{block}layer_norm1.weight', 1)[0],
+      hidden=shape(f'{block}mlp.fc1.weight')[0],
+      patch=shape(f'{prefix}embeddings.patch_embedding.weight', 4)[-1])
+  cells = shape(f'{prefix}embeddings.position_embedding.weight')[0] - 1
+  side = max(math.isqrt(cells), 1) * sizes['patch']
+  vision = own.get('vision_config') or {}
+  return sizes | dict(image_size=(side, side)) | {
+      ours: vision[theirs] for theirs, ours in (
+          decoders.SIZES | {'patch_size': 'patch'}).items() if theirs in vision}
+
+
+def _known_tower(shapes, own):
+  """What shapes do not tell of the tower; None for what has to be said."""
+  vision = own.get('vision_config')
+  if vision is not None:
+    decoders.refuse(vision, model_type=('clip_vision_model',),
+                    hidden_act=('quick_gelu', 'gelu'))
+    return {'vision.heads': vision.get('num_attention_heads', 12),
+            'vision.mlp': vision.get('hidden_act', 'quick_gelu'),
+            'vision.norm_eps': vision.get('layer_norm_eps', 1e-5),
+            'vision.image_size': (vision.get('image_size', 224),) * 2}
+  c = next((c for c in map(vision_encoder.sized, _TOWERS.values()) if all(
+      getattr(c, field) == size for field, size in shapes.items())), None)
+  return {'vision.heads': c and c.heads, 'vision.mlp': c and c.mlp,
+          'vision.norm_eps': 1e-5, 'vision.image_size': shapes['image_size']}
+
+
+def _tower_name(tensors, names, own, sizes):
+  """The published tower that a config names, or that LLaVA-1.5 has."""
+  if own:
+    return _TOWERS.get(str(own.get('mm_vision_tower')).rpartition('/')[2])
+  width = decoders.shape(tensors, f'{names.up}.weight')[1]
+  return 'clip-l14-336' if (width, sizes['width']) in (
+      (1024, 4096), (1024, 5120)) else None
+
+
+def _tap(own):
+  """Which hidden state is read; UserError for what the module cannot do."""
+  decoders.refuse(
+      own, mm_projector_type=('mlp2x_gelu',), projector_hidden_act=('gelu',),
+      mm_vision_select_feature=('patch',),
+      vision_feature_select_strategy=('default',))
+  tap = own.get('vision_feature_layer', own.get('mm_vision_select_layer', -2))
+  if not isinstance(tap, int):
+    raise errors.UserError(f'config.json takes the layers {tap} of the image '
+                           'tower; only one can be taken.')
+  return tap
+
+
+def _pixels(beside):
+  """Mean and std, as far as a JSON file says them."""
+  own = beside.get('preprocessor_config.json', {})
+  return {field: tuple(own[f'image_{field}']) for field in ('mean', 'std')
+          if own.get(f'image_{field}')}
+
+
+def _connector(tensors, names):
+  hidden = decoders.shape(tensors, f'{names.up}.weight')[0]
+  width = decoders.shape(tensors, f'{names.down}.weight')[0]
+  return connector.ConnectorConfig(
+      'mlp', width, hidden=None if hidden == width else hidden)
+
+
+def _image(config, beside):
+  """Pads to a square, as in stage 2 and evaluation, unless a config does not.
+
+  Transformers' own processor crops; the model was not trained on that.
+  """
+  aspect = beside.get('config.json', {}).get('image_aspect_ratio', 'pad')
+  return dict(size=config.vision.image_size,
+              fit='expand' if aspect == 'pad' else 'clip', kernel='bicubic',
+              mean=config.vision.mean, std=config.vision.std)
+
+
+# ---------------------------------------------------------------------------
+# The connector alone
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorConfig:
+  """Attributes:
+    connector: its config.
+    inputs: width of the features that it reads.
+  """
+  connector: connector.ConnectorConfig
+  inputs: int
+
+
+def _recognise_projector(tensors, beside, said):
+  """The `ProjectorConfig`, or None; shapes tell all of it."""
+  del beside
+  if f'{_OWN.up}.weight' not in tensors or any(
+      not name.startswith('model.mm_projector.') for name in tensors):
+    return None
+  decoders.settle({}, said, {})
+  return ProjectorConfig(_connector(tensors, _OWN), decoders.shape(
+      tensors, f'{_OWN.up}.weight')[1])
+
+
+def _build_projector(config, dtype):
+  """As `Layout.build`: the module alone, its leaves below 'connector/'."""
+  model = connector.Mlp(dataclasses.replace(config.connector, dtype=dtype))
+  tree = jax.eval_shape(model.init, jax.random.key(0),
+                        jnp.zeros((1, config.inputs)))['params']
+  flat = flax.traverse_util.flatten_dict({'connector': tree}, sep='/')
+  return model, {name: jax.ShapeDtypeStruct(leaf.shape, dtype)
+                 for name, leaf in flat.items()}
+
+
+# ---------------------------------------------------------------------------
+# Names
+
+
+_TOWERS = {'clip-vit-large-patch14-336': 'clip-l14-336',
+           'clip-vit-large-patch14': 'clip-l14',
+           'clip-vit-base-patch32': 'clip-b32',
+           'clip-vit-base-patch16': 'clip-b16'}
+_SAYABLE = {
+    'vision.size': 'published image tower that the connector was trained on: '
+                   + ', '.join(_TOWERS.values()),
+    'vision.heads': 'of the image tower',
+    'vision.mlp': "'quick_gelu' for OpenAI's CLIP, 'gelu' for most others",
+    'vision.norm_eps': 'of the norms of the image tower',
+    'vision.image_size': '[rows, columns] of pixels',
+    'vision.tap': 'which hidden state of the tower the connector reads',
+}
+_OWN = _Names(decoders.PLAIN, 'model.mm_projector.0', 'model.mm_projector.2',
+              None, own=True)
+_PROJECTOR = 'multi_modal_projector.linear_'
+
+
+def _layout(names):
+  parts = ('vision',) * (names.tower is not None) + ('connector', 'decoder')
+  return layout.Layout(
+      recognise=functools.partial(_recognise, names=names),
+      build=functools.partial(decoders.build, parts=parts),
+      rules=functools.partial(_rules, names=names), image=_image,
+      ignored=(*decoders.BUFFERS, r'.*\.position_ids'))
+
+
+LAYOUTS = {
+    'llava': _layout(_OWN),
+    'llava_tower': _layout(dataclasses.replace(
+        _OWN, tower='model.vision_tower.vision_tower.')),
+    'llava_projector': layout.Layout(
+        recognise=_recognise_projector, build=_build_projector,
+        rules=lambda config: _connector_rules(_OWN),
+        image=lambda config, beside: {}),
+    'hf_llava': _layout(_Names(
+        decoders.WITHIN, f'{_PROJECTOR}1', f'{_PROJECTOR}2', 'vision_tower.')),
+    'hf_llava_new': _layout(_Names(
+        decoders.WITHIN_NEW, f'model.{_PROJECTOR}1', f'model.{_PROJECTOR}2',
+        'model.vision_tower.')),
+}
