@@ -15,7 +15,7 @@ row that starts from them. Their seed is the row's.
   python -m mmgen.train --config=warm_starts:clip
 
 Published sizes will start from published weights, `init.decoder='file:...'`;
-the importer of those is not built yet.
+`mmgen.weights` reads them, `init` does not take them yet.
 """
 
 import ml_collections
@@ -53,7 +53,7 @@ def base(scale):
   if scale != 'mini':
     raise errors.UserError(
         'warm_starts exists at --scale=mini only: published sizes start from '
-        'published weights, whose importer is not built yet.')
+        'published weights, which init does not take yet.')
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.steps = 400

@@ -22,6 +22,7 @@ from mmgen import config as config_lib
 from mmgen import errors
 from mmgen import run_folder
 from mmgen import weights
+from mmgen.models import clip
 from mmgen.training import checkpoint
 from mmgen.weights import files
 
@@ -35,7 +36,16 @@ def to_run(loaded, folder, source):
     loaded: a `weights.Loaded`.
     folder: that does not exist yet.
     source: path of the weights, for the record.
+
+  Raises:
+    UserError: the model is no CLIP.
   """
+  if not isinstance(loaded.model, clip.Clip):
+    raise errors.UserError(
+        f'{source} has the layout {loaded.layout}, of which no run folder can '
+        'be made yet, only of those of a CLIP. Load it with '
+        'mmgen.weights.load, or write it anew with a --to that ends in '
+        '.safetensors.')
   flat = _flat_config(loaded)
   notes = dict(source=str(source), layout=loaded.layout, beside=loaded.beside,
                dtypes={name: dtype.name

@@ -125,6 +125,28 @@ def test_a_run_trained_here_is_exported(tmp_path):
   assert back.model.config.vision == vision
 
 
+def test_eva_clip_to_a_run_folder_and_back(tmp_path):
+  source = GOLDEN / 'eva_wrapped.pt'
+  said = ['text.heads=2', 'text.mlp=gelu', 'vision.placement=pre']
+  run(f'--from={source}', f'--to={tmp_path / "run"}',
+      *(f'--say={field}' for field in said))
+  run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "back"}')
+  a, b = files.open(source), files.open(tmp_path / 'back')
+  assert {name for name in a.keys() - b.keys() if 'freqs' not in name} == set()
+  for name, tensor in b.items():
+    assert tensor.dtype == a[name].dtype
+    assert tensor.array().tobytes() == a[name].array().tobytes()
+
+
+def test_of_a_decoder_there_is_no_run_folder_yet(tmp_path):
+  source = GOLDEN / 'mm_projector.bin'
+  with pytest.raises(errors.UserError, match='llava_projector, of which no'):
+    run(f'--from={source}', f'--to={tmp_path / "run"}')
+  assert not (tmp_path / 'run').exists()
+  run(f'--from={source}', f'--to={tmp_path / "again.safetensors"}')
+  assert_same_tensors(source, tmp_path / 'again.safetensors')
+
+
 def test_only_what_has_a_layout(tmp_path):
   trained(tmp_path / 'run')
   path = tmp_path / 'run' / 'config.json'

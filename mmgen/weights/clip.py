@@ -32,17 +32,11 @@ def _openai_stated(tensors, beside, base):
     # Only OpenAI's own archives hold this number, as a tensor.
     mlp = 'quick_gelu' if 'input_resolution' in tensors else None
     return {'vision.mlp': mlp, 'text.mlp': mlp} | bias
-  own = beside['open_clip_config.json']['model_cfg']
-  vision, text = own['vision_cfg'], own['text_cfg']
-  odd = [f'{field}={tower[field]!r}' for tower in (vision, text)
-         for field, usual in _OPEN_CLIP_USUAL.items()
-         if tower.get(field) not in (None, False, *usual)]
-  if odd:
-    raise errors.UserError('open_clip_config.json asks for '
-                           f'{", ".join(odd)}, which is not supported.')
+  own, vision, text = two_towers.open_clip_config(beside)
   mlp = 'quick_gelu' if own.get('quick_gelu') else 'gelu'
   return bias | {
-      'vision.image_size': _pair(vision['image_size']), 'vision.mlp': mlp,
+      'vision.image_size': two_towers.pair(vision['image_size']),
+      'vision.mlp': mlp,
       'vision.heads': vision['width'] // vision.get('head_width', 64),
       'text.heads': text.get('heads', base.text.heads), 'text.mlp': mlp}
 
@@ -65,11 +59,8 @@ def _hf_stated(tensors, beside, base):
             f'config.json has {tower}_config.hidden_act '
             f'{fields["hidden_act"]!r}; known: {", ".join(_HF_ACTIVATIONS)}.')
       stated[f'{tower}.mlp'] = _HF_ACTIVATIONS[fields['hidden_act']]
-  return stated | {'vision.image_size': _pair(stated['vision.image_size'])}
-
-
-def _pair(size):
-  return tuple(size) if isinstance(size, list | tuple) else (size, size)
+  return stated | {
+      'vision.image_size': two_towers.pair(stated['vision.image_size'])}
 
 
 def _pixels(beside):
@@ -245,12 +236,6 @@ _HF_ACTIVATIONS = {'quick_gelu': 'quick_gelu', 'gelu': 'gelu',
 # Pillow's numbers, as transformers writes them.
 _PILLOW_KERNELS = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box',
                    'hamming')
-# open_clip's options that change results without changing a tensor, and which
-# values of them these towers have.
-_OPEN_CLIP_USUAL = {
-    'pool_type': ('tok', 'argmax', 'eos'), 'final_ln_after_pool': (),
-    'no_causal_mask': (), 'act_kwargs': (), 'norm_kwargs': (),
-}
 _OPEN_CLIP_FITS = {None: None, 'shortest': 'open_clip', 'squash': 'square'}
 
 

@@ -225,19 +225,13 @@ def _open_clip_stated(beside):
   """
   if 'open_clip_config.json' not in beside:
     return {}
-  own = beside['open_clip_config.json']['model_cfg']
-  vision, text = own['vision_cfg'], own['text_cfg']
-  odd = [f'{field}={tower[field]!r}' for tower in (vision, text)
-         for field, usual in _OPEN_CLIP_USUAL.items()
-         if tower.get(field) not in (None, False, *usual)]
-  if odd:
-    raise errors.UserError('open_clip_config.json asks for '
-                           f'{", ".join(odd)}, which is not supported.')
+  own, vision, text = two_towers.open_clip_config(
+      beside, timm_pool=('token',), timm_proj=('',))
   stated = {'text.mlp': 'quick_gelu' if own.get('quick_gelu') else 'gelu'}
   if 'heads' in text:
     stated['text.heads'] = text['heads']
   if 'image_size' in vision:
-    stated['vision.image_size'] = _pair(vision['image_size'])
+    stated['vision.image_size'] = two_towers.pair(vision['image_size'])
   return stated
 
 
@@ -265,15 +259,11 @@ def _hf_stated(beside):
       'vision.placement': 'post' if vision.get('post_layernorm') else 'pre',
       'vision.rope_grid': (grid, grid) if vision.get('use_rope') else 'none',
       'vision.heads': vision['num_attention_heads'],
-      'vision.image_size': _pair(vision['image_size']),
+      'vision.image_size': two_towers.pair(vision['image_size']),
       'vision.norm_eps': vision.get('layer_norm_eps', 1e-6),
       'text.heads': text['num_attention_heads'],
       'text.norm_eps': text.get('layer_norm_eps', 1e-5),
       'text.mlp': text.get('hidden_act', 'gelu')}
-
-
-def _pair(size):
-  return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
 
 def _recognise(tensors, beside, said, *, names, rules, stated, image,
@@ -362,14 +352,6 @@ _HF = _Names(
     swiglu={'mlp/gate': 'mlp.fc1', 'mlp/up': 'mlp.fc2',
             'mlp/norm': 'mlp.ffn_ln', 'mlp/down': 'mlp.fc3'},
     fused=None, bias=('self_attn.{}_proj.bias', 'self_attn.{}_proj.bias'))
-
-# open_clip's options that change results without changing a tensor, and which
-# values of them these towers have.
-_OPEN_CLIP_USUAL = {
-    'timm_pool': ('token',), 'timm_proj': ('',), 'no_causal_mask': (),
-    'pool_type': ('tok', 'argmax', 'eos'), 'final_ln_after_pool': (),
-    'act_kwargs': (), 'norm_kwargs': (),
-}
 
 LAYOUTS = {
     'eva_clip_old_scale': _layout(

@@ -172,6 +172,43 @@ def _image_size(sizes, patches):
   return side * patch, side * patch
 
 
+def pair(size):
+  """(rows, columns) of what a config gives as a number or a pair."""
+  return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+def open_clip_config(beside, **usual):
+  """What open_clip's own config says of a model.
+
+  Args:
+    beside: {name: content} of JSON files, that config among them.
+    **usual: values of further options that change nothing here.
+
+  Returns:
+    (the whole, of the image tower, of the text tower).
+
+  Raises:
+    UserError: it asks for what these towers cannot do.
+  """
+  own = beside['open_clip_config.json']['model_cfg']
+  vision, text = own['vision_cfg'], own['text_cfg']
+  odd = [f'{field}={tower[field]!r}' for tower in (vision, text)
+         for field, values in (_OPEN_CLIP_USUAL | usual).items()
+         if tower.get(field) not in (None, False, *values)]
+  if odd:
+    raise errors.UserError('open_clip_config.json asks for '
+                           f'{", ".join(odd)}, which is not supported.')
+  return own, vision, text
+
+
+# open_clip's options that change results without changing a tensor, and which
+# values of them these towers have.
+_OPEN_CLIP_USUAL = {
+    'pool_type': ('tok', 'argmax', 'eos'), 'final_ln_after_pool': (),
+    'no_causal_mask': (), 'act_kwargs': (), 'norm_kwargs': (),
+}
+
+
 def build(config, dtype):
   """Returns (module, {our name: ShapeDtypeStruct}), computing in that dtype."""
   vision, text = (dataclasses.replace(tower, dtype=dtype)
