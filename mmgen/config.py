@@ -66,7 +66,7 @@ _LEAST = dict(steps=1, log_every=1, checkpoint_every=1, eval_every=0)
 DTYPES = ('float32', 'bfloat16')
 # Fields that cannot change a number: they stay out of a run's key. Neither can
 # evaluators, unless the run is followed while it learns (`eval_every`).
-_SILENT_FIELDS = ('name', 'log_every', 'checkpoint_every')
+_SILENT_FIELDS = ('name', 'log_every', 'checkpoint_every', 'mesh.slice')
 # What evaluators read of a config, beside their entries and the model.
 _EVALUATED = ('evaluators.', 'image.', 'layout.length', 'dtype')
 

@@ -29,6 +29,7 @@ import threading
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 from mmgen import config as config_lib
 from mmgen import errors
@@ -90,7 +91,9 @@ def train(config, folder, data_dir, parents=None) -> dict:
   # ------------------------------------- optimizer, parameters, last checkpoint
   checkpointer = checkpoint.Checkpointer(folder)
   run_lib.write_json(folder / 'config.json', config_lib.flatten(config))
-  state, frozen, optimizer = _init(config, model, objective, mesh, example)
+  birth, optimizer = plan_birth(config, model, objective, example)
+  state, frozen = sharding.init_sharded(
+      mesh, birth, common.purpose_key(jax.random.key(config.seed), 'init'))
   state, frozen, extras = _start(
       config, checkpointer, folder, mesh, pipeline.tokenizer, state, frozen,
       parents or {})
@@ -161,11 +164,21 @@ def build_objective(config, model):
     raise errors.UserError(f'config.objective: {error}') from error
 
 
-def _init(config, model, objective, mesh, example):
-  """Returns (train state, frozen parameters, optimizer), born in place."""
+def plan_birth(config, model, objective, example):
+  """Says how the train state of a run comes into being.
+
+  Args:
+    config: of the run.
+    model: the module.
+    objective: of `build_objective`.
+    example: a batch, or its shapes.
+
+  Returns:
+    (birth, optimizer): birth(key) -> (train state, frozen parameters).
+  """
   # Any source with pictures creates every parameter; one row is enough.
   source = max(example.values(), key=lambda arrays: 'images' in arrays)
-  row = jax.tree.map(lambda x: x[:1], source)
+  row = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), source)
 
   def variables(key):
     found = dict(model.init(key, row))
@@ -174,8 +187,7 @@ def _init(config, model, objective, mesh, example):
     return {**found.pop('params'), **own}, found
 
   groups = config.optimizer.groups
-  key = common.purpose_key(jax.random.key(config.seed), 'init')
-  params, _ = jax.eval_shape(variables, key)
+  params, _ = jax.eval_shape(variables, jax.random.key(0))
   optimizer = optimizer_lib.make_optimizer(
       config.optimizer, config.steps, optimizer_lib.split(params, groups)[0])
 
@@ -184,7 +196,7 @@ def _init(config, model, objective, mesh, example):
     trained, frozen = optimizer_lib.split(params, groups)
     return step_lib.init_state(trained, optimizer, state), frozen
 
-  return *sharding.init_sharded(mesh, birth, key), optimizer
+  return birth, optimizer
 
 
 def _start(config, checkpointer, folder, mesh, tokenizer, state, frozen,

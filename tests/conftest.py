@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 # Before jax is imported. jaxlib 0.10.1 prints pages about two invented CPU
 # features for every program that it takes from the compilation cache.
@@ -9,7 +10,10 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import jax
 
-_CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+_ROOT = pathlib.Path(__file__).parents[1]
+_CACHE = _ROOT / '.cache' / 'jax'
+
+sys.path.append(str(_ROOT / '.venv' / 'plan'))  # see launch/test.sh
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)

@@ -438,12 +438,12 @@ def pair(
       labels=np.zeros(n, np.int64),
       example_valid=np.zeros(n, bool),
   )
-  bos, eos = tokenizer.id('<bos>'), tokenizer.id('<eos>')
   for b, example in enumerate(found):
     if example is None:
       continue
     pixels, caption = example
-    ids = [bos, *tokenizer.encode(caption)[:length - 2], eos]
+    ids = [tokenizer.id('<bos>'), *tokenizer.encode(caption)[:length - 2],
+           tokenizer.id('<eos>')]
     out['images'][b] = pixels
     out['tokens'][b, :len(ids)] = ids
     out['valid'][b, :len(ids)] = True

@@ -92,10 +92,7 @@ class Pipeline:
       if config.layout[field] < 1:
         raise errors.UserError(
             f'layout.{field} is {config.layout[field]}; at least 1 needed')
-    self._fit = image_layout and dict(
-        size=tuple(config.image.size), fit=config.image.fit,
-        kernel=config.image.kernel,
-        grid=(image_layout.rows, image_layout.cols))
+    self._fit = _fit(config, image_layout)
     if self._fit:
       image_lib.check(**self._fit)
     self._config = config.layout
@@ -109,7 +106,8 @@ class Pipeline:
       records = open_split(data_dir, source.corpus, source.split)
       self._groups[name] = sources_lib.groups(
           records, source, sources_lib.seed_of(config.seed, name),
-          config.layout.documents, self._pack(source))
+          config.layout.documents, _packer(
+              config, source.view, tokenizer, image_layout))
 
   def _check_layout(self, name, source):
     pairs = self._config.name == 'pair'
@@ -127,23 +125,6 @@ class Pipeline:
       raise errors.UserError(
           f'layout.images is {self._config.images}, mix.{name} has pictures: '
           'at least 1 needed')
-
-  def _pack(self, source):
-    """The function that makes a `Group` of the documents of a source."""
-    layout = LAYOUTS[self._config.name]
-    if source.view in prompts.WITHOUT_PICTURES:
-      images, size = 0, None
-    else:
-      images, size = self._config.images, self._fit['size']
-
-    def pack(documents):
-      if size:
-        documents = [image_lib.fit_document(d, **self._fit) for d in documents]
-      return Group(documents, *layout(
-          documents, self.tokenizer, self.image_layout, self._config, images,
-          size))
-
-    return pack
 
   def groups(self, step: int) -> dict[str, list[Group]]:
     """This process's groups of a step, with all that is known of them."""
@@ -181,6 +162,47 @@ class Pipeline:
     steps = grain.MapDataset.range(start, sys.maxsize).map(self.batch)
     return iter(steps.to_iter_dataset(
         grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BUFFER)))
+
+
+def _fit(config, image_layout):
+  """How pictures are fitted, as arguments of `image.fit_document`."""
+  return image_layout and dict(
+      size=tuple(config.image.size), fit=config.image.fit,
+      kernel=config.image.kernel, grid=(image_layout.rows, image_layout.cols))
+
+
+def _packer(config, view, tokenizer, image_layout):
+  """The function that makes a `Group` of the documents of a source."""
+  layout, fit = LAYOUTS[config.layout.name], _fit(config, image_layout)
+  if view in prompts.WITHOUT_PICTURES:
+    images, size = 0, None
+  else:
+    images, size = config.layout.images, fit['size']
+
+  def pack(documents):
+    if size:
+      documents = [image_lib.fit_document(d, **fit) for d in documents]
+    return Group(documents, *layout(
+        documents, tokenizer, image_layout, config.layout, images, size))
+
+  return pack
+
+
+def empty_batch(
+    config, image_layout: layout_lib.ImageLayout | None
+) -> dict[str, dict[str, np.ndarray]]:
+  """A batch of padding alone, from a config and without any corpus.
+
+  Its arrays have the shapes of `Pipeline.batch` and take no memory.
+  """
+  found = {}
+  for name, source in config.mix.items():
+    pack = _packer(config, source.view, None, image_layout)
+    group = pack([document_lib.Document(())] * config.layout.documents)
+    found[name] = {
+        key: np.broadcast_to(x[:1], (source.quota * len(x), *x.shape[1:]))
+        for key, x in group.arrays.items()}
+  return found
 
 
 def open_pipeline(

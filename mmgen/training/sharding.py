@@ -41,9 +41,10 @@ RULES = (
     # [V, D] and its inverse
     (r'embedding', ('tensor', 'fsdp')),
     (r'(head|unembed)/kernel', ('fsdp', 'tensor')),
+    (r'position_embedding', (None, 'fsdp')),
     # patch projections and whatever else maps to a width
     (r'kernel', (None, 'fsdp')),
-    (r'(scale|bias|(class|split|position)_embedding|probe|logit_\w+)', ()),
+    (r'(scale|bias|(class|split)_embedding|probe|logit_\w+)', ()),
 )
 
 
