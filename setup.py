@@ -15,6 +15,7 @@ setuptools.setup(
         'array_record>=0.8',
         'etils[epath]>=1.12',
         'flax>=0.12',
+        'ftfy>=6.2',
         'grain>=0.2.15',
         # On CPU jaxlib 0.10.2 compiles some reductions wrongly, without a
         # warning (jax-ml/jax#39103; tests/test_environment.py).
@@ -31,6 +32,7 @@ setuptools.setup(
         'sentencepiece>=0.2.1',
         'tensorboardX>=2.6.2',
         'tensorflow-datasets>=4.9.9',
+        'tokenizers>=0.20',
     ],
     extras_require={
         # The drawn pictures and their names. OpenMoji is CC BY-SA.
@@ -38,7 +40,8 @@ setuptools.setup(
         'test': ['ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',
                  'pytest>=8.3', 'ruff>=0.9'],
         # Reference implementations, to compare outputs with.
-        'parity': ['torch>=2.6', 'transformers>=4.46'],
+        'parity': ['open_clip_torch>=2.32', 'timm>=1.0', 'torch>=2.6',
+                   'transformers>=4.46'],
         # Compiles for TPU slices on a machine without one.
         'plan': ['libtpu>=0.0.17'],
     },

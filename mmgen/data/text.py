@@ -12,6 +12,8 @@ import re
 
 import sentencepiece
 
+from mmgen.data import published_text
+
 # Ids 0, 1, 2 ... in this order, in every tokenizer. The spare ones are room for
 # later systems, so that stored tokenizers and checkpoints stay valid.
 RESERVED = (
@@ -56,7 +58,9 @@ class Tokenizer:
 
   @classmethod
   def from_bytes(cls, model):
-    """A tokenizer from the bytes of a stored model."""
+    """A tokenizer from its stored `bytes`, this or a published one."""
+    if published_text.owns(model):
+      return published_text.Tokenizer.from_bytes(model)
     return cls(model)
 
   @classmethod
@@ -75,12 +79,15 @@ class Tokenizer:
 
     A space is put before it, as LLaMA's tokenizer does, so that a word is the
     same token where it begins a text (an answer) and within one (a caption).
+    A text that follows another one is left as it is.
     """
     if not text:
       return []
+    if not isinstance(text, published_text.AfterText):
+      text = f' {text}'
     # sentencepiece cannot tell a typed U+2581 from a space: spell it as bytes.
     ids = []
-    for i, part in enumerate(f' {text}'.split(_SPACE)):
+    for i, part in enumerate(text.split(_SPACE)):
       ids += self._space if i else []
       ids += self._model.EncodeAsIds(part)
     return ids

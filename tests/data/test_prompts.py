@@ -9,6 +9,7 @@ import pytest
 from mmgen import errors
 from mmgen.data import mixture
 from mmgen.data import prompts
+from mmgen.data import published_text
 
 RECORD = fakes.Records(3)[2]
 
@@ -94,6 +95,87 @@ def test_pair_has_one_picture_and_one_text():
 def test_a_reserved_name_in_a_question_stays_text():
   d = prompts.question_document(RECORD['image'], [('<user> {image}', 'no')])
   assert d.spans[2].data == '<user> {image}'
+
+
+def test_own_templates_are_the_default():
+  turns = [('what?', 'fox'), ('and?', '')]
+  for given, same in (
+      (prompts.question_document(RECORD['image'], turns),
+       prompts.question_document(RECORD['image'], turns, style='own')),
+      (prompts.caption_document(RECORD['image'], 'fox'),
+       prompts.caption_document(RECORD['image'], 'fox', style='own'))):
+    assert shown(given) == shown(same) and given.meta == {}
+  assert shown(prompts.question_document(None, turns)) == [
+      (('<user>',), 'input'), ('what?', 'input'), (('<assistant>',), 'input'),
+      (('<answer>',), 'input'), ('fox', 'target'), (('<eos>',), 'target'),
+      (('<user>',), 'input'), ('and?', 'input'), (('<assistant>',), 'input'),
+      (('<answer>',), 'input'), ('', 'target')]
+  found = shown(prompts.question_document(None, [('a', ''), ('b', '')]))
+  assert found[4:7] == [
+      ('', 'target'), (('<eos>',), 'target'), (('<user>',), 'input')]
+
+
+CHAT = (
+    'A chat between a curious user and an artificial intelligence assistant. '
+    "The assistant gives helpful, detailed, and polite answers to the user's "
+    'questions. USER: ')
+
+
+def test_a_published_conversation():
+  found = prompts.question_document(
+      RECORD['image'], [(' what? ', 'a fox'), ('and?', 'no')],
+      style='vicuna_v1')
+  assert shown(found) == [
+      (CHAT, 'input'), ('image', 'input'), ('\nwhat? ASSISTANT:', 'input'),
+      (' a fox', 'target'), (('<eos>',), 'target'),
+      ('USER: and? ASSISTANT:', 'input'), (' no', 'target')]
+  assert [type(s.data) for s in found.spans if s.kind == 'text'] == [
+      str, str, published_text.AfterText, tuple, published_text.AfterMark,
+      published_text.AfterText]
+  assert found.meta == {}
+  found = prompts.question_document(
+      None, [(' what? ', 'a fox')], style='eve2')
+  assert shown(found) == [
+      (f'{CHAT} what?  ASSISTANT:', 'input'), (' a fox', 'target')]
+  assert found.meta == {'begin': False}
+
+
+def test_an_empty_answer_within_a_published_conversation():
+  found = prompts.question_document(
+      None, [('what?', ''), ('and?', 'no')], style='vicuna_v1')
+  assert shown(found) == [
+      (f'{CHAT}what? ASSISTANT:USER: and? ASSISTANT:', 'input'),
+      (' no', 'target')]
+  found = prompts.question_document(None, [('what?', '')], style='vicuna_v1')
+  assert shown(found)[-1] == ('', 'target')  # a prompt leaves it out
+
+
+@pytest.mark.parametrize('style,spans', [
+    ('plain', [('image', 'input'), (' a fox \n', 'target')]),
+    ('eve2_plain', [('image', 'input'), ('a fox\n', 'target')]),
+    ('emu', [('image', 'input'), ('a fox', 'target')])])
+def test_published_captions(style, spans):
+  found = prompts.caption_document(RECORD['image'], ' a fox ', style=style)
+  assert shown(found) == spans
+  assert found.meta.get('end', True) == (style == 'emu')
+  assert found.meta.get('begin', True) == (style != 'eve2_plain')
+
+
+def test_what_is_typed_is_no_template():
+  typed = '<eos>{image}[{caption}] <user> {question.strip}'
+  found = prompts.question_document(None, [(typed, typed)], style='emu2_chat')
+  assert shown(found)[1:] == [
+      (('<user>',), 'input'), (f': {typed}', 'input'),
+      (('<assistant>',), 'input'), (':', 'input'), (f' {typed}', 'target')]
+
+
+def test_unknown_styles():
+  with pytest.raises(errors.UserError, match="the style 'vicuna'; .*vicuna_v1"):
+    prompts.text_document('a', style='vicuna')
+  with pytest.raises(errors.UserError, match="'plain' has no template 'turn'"):
+    prompts.template('plain', 'turn')
+  with pytest.raises(errors.UserError, match='it has: caption_before$'):
+    prompts.question_document(None, [('a', 'b')], style='plain')
 
 
 @pytest.mark.parametrize('fields,match', [

@@ -1,9 +1,11 @@
 """Tests of mmgen.data.text."""
 
+import pathlib
 import pickle
 
 import pytest
 
+from mmgen.data import published_text
 from mmgen.data import text
 
 TEXTS = [
@@ -66,6 +68,21 @@ def test_training_and_storage_repeat(tokenizer, tmp_path):
   assert again.vocab_size == tokenizer.vocab_size == 380
   copy = pickle.loads(pickle.dumps(tokenizer))
   assert copy.encode('a cat') == tokenizer.encode('a cat')
+
+
+def test_a_text_behind_another_gets_no_space():
+  model = text.Tokenizer(text.train(TEXTS, 380))
+  assert model.encode(published_text.AfterText(' cat')) == model.encode('cat')
+  assert model.encode(published_text.AfterMark('cat')) == model.encode('cat')
+
+
+def test_stored_bytes_tell_which_tokenizer(tokenizer):
+  path = pathlib.Path(__file__).parents[1] / 'golden/tokenizers/llama.model'
+  published = published_text.load(path)
+  assert isinstance(text.Tokenizer.from_bytes(tokenizer.bytes), text.Tokenizer)
+  again = text.Tokenizer.from_bytes(published.bytes)
+  assert isinstance(again, published_text.Tokenizer)
+  assert again.encode('a cat') == published.encode('a cat')
 
 
 def test_clear_errors():
