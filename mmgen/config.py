@@ -15,7 +15,9 @@ apply at that scale, the name of a stage applies in that stage, and
 from the parameters of the one before it (`init.all`); what else it starts from
 stands in the row's dict of that stage. Other runs are named by
 `init.<part>='run:<address>'`, whose part has the same name there, or that
-behind a #, as in `init.teacher='run:warm_starts:clip#vision'`.
+behind a #, as in `init.teacher='run:warm_starts:clip#vision'`. Published
+weights, and folders of runs, are named by their path from the current folder:
+`init.teacher='file:weights/clip-vit-large-patch14-336#vision'`.
 
 A run is addressed `<experiment>:<row>[:<stage>]`, for instance
 `quickstart:patches` (the last stage, if none is named) or
@@ -25,10 +27,11 @@ A run is addressed `<experiment>:<row>[:<stage>]`, for instance
   -> command line -> finalise -> lock.
 
 A run's key hashes what decides what it learns: its config with the model's
-defaults, its seed, `RESULT_VERSION`, the keys of its parents and the manifests
-of its data. Two rows with an equal prefix of stages therefore share those runs
-on disk. How a finished run is scored has a key of its own, so that other or
-newer evaluators ask for another evaluation and not for another training.
+defaults, its seed, `RESULT_VERSION`, the keys of its parents and files, and the
+manifests of its data. Two rows with an equal prefix of stages therefore share
+those runs on disk. How a finished run is scored has a key of its own, so that
+other or newer evaluators ask for another evaluation and not for another
+training.
 """
 
 import argparse
@@ -46,6 +49,7 @@ from mmgen.data import corpora
 from mmgen.evaluators import common as evaluation
 from mmgen.models import clip
 from mmgen.models import multimodal
+from mmgen.weights import files as files_lib
 
 # Raised whenever a change to the code changes what an unchanged config learns;
 # the test of the golden metrics demands it. For its scores there is
@@ -69,6 +73,8 @@ DTYPES = ('float32', 'bfloat16')
 _SILENT_FIELDS = ('name', 'log_every', 'checkpoint_every', 'mesh.slice')
 # What evaluators read of a config, beside their entries and the model.
 _EVALUATED = ('evaluators.', 'image.', 'layout.length', 'dtype')
+# Bytes of each tensor of a file that its key looks at.
+_GLANCE = 4096
 
 
 # ---------------------------------------------------------------------------
@@ -263,6 +269,13 @@ def parents(config) -> dict[str, tuple[str, int]]:
   return found
 
 
+def files(config) -> dict[str, epath.Path]:
+  """Returns {part: path} for every `init.<part>='file:...'`."""
+  return {part: epath.Path(origin.removeprefix('file:').partition('#')[0])
+          for part, origin in config.init.items()
+          if origin.startswith('file:')}
+
+
 def source_parts(config) -> dict[str, str]:
   """Returns {part: its name in the run or file that it starts from}."""
   return {part: origin.partition('#')[2] or part
@@ -332,6 +345,50 @@ def _manifests(entries, data_dir) -> dict[str, dict]:
           for entry in entries.values()}
 
 
+def file_key(path) -> str:
+  """Returns 12 hex digits that name what weights, or the folder of a run, hold.
+
+  Of weights these are the names, dtypes and shapes of their tensors, the first
+  bytes of each, and the sizes of their files; where they lie does not count. A
+  change further into a tensor, or within one that is compressed in its archive,
+  leaves no mark if the size stays: weights that were trained on change
+  throughout, an edit by hand may not. Of a run it is its config, and the sizes
+  of the files of its checkpoints.
+
+  Raises:
+    UserError: there are no weights that can be read.
+  """
+  path = epath.Path(path)
+  if (path / 'checkpoints').exists():
+    sizes = [(folder / name).stat().length for part in ('checkpoints', 'frozen')
+             for folder, _, names in (path / part).walk() for name in names]
+    config = path / 'config.json'
+    return _digest(config.read_text() if config.exists() else '', sorted(sizes))
+  tensors = files_lib.open(path)
+  found = {}
+  for name, tensor in tensors.items():
+    glance = ''
+    if tensor.member is None:
+      with tensor.file.open('rb') as file:
+        file.seek(tensor.offset)
+        glance = file.read(min(tensor.nbytes, _GLANCE)).hex()
+    found[name] = str(tensor.dtype), tensor.shape, glance
+  sizes = {tensor.file: tensor.file.stat().st_size
+           for tensor in tensors.values()}
+  return _digest(found, sorted(sizes.values()))
+
+
+def _file_keys(config) -> dict[str, str]:
+  """Returns {part: key} of `files`."""
+  found = {}
+  for part, path in files(config).items():
+    try:
+      found[part] = file_key(path)
+    except errors.UserError as error:
+      raise errors.UserError(f'config.init.{part}: {error}') from error
+  return found
+
+
 def run_key(config, data_dir) -> str:
   """Returns 12 hex digits that name what a run will learn.
 
@@ -340,7 +397,7 @@ def run_key(config, data_dir) -> str:
     data_dir: folder of the prepared corpora, whose manifests count.
 
   Raises:
-    UserError: a corpus is not prepared.
+    UserError: a corpus is not prepared, or a file cannot be read.
   """
   flat = {k: v for k, v in flatten(config).items()
           if k not in _SILENT_FIELDS
@@ -348,14 +405,13 @@ def run_key(config, data_dir) -> str:
   ancestors = {
       part: run_key(load(address, config.scale, seed=seed), data_dir)
       for part, (address, seed) in parents(config).items()}
-  files = {part: origin for part, origin in config.init.items()
-           if origin.startswith('file:')}
   # What a published size stands for counts too: if it is mended, it is
   # another model.
   model = _settings(build_model(config, vocab=1).config)
   followed = evaluation_key(config, data_dir) if config.eval_every else ''
-  return _digest(flat, model, ancestors, files, source_parts(config),
-                 RESULT_VERSION, _manifests(config.mix, data_dir), followed)
+  return _digest(flat, model, ancestors, _file_keys(config),
+                 source_parts(config), RESULT_VERSION,
+                 _manifests(config.mix, data_dir), followed)
 
 
 def evaluation_key(config, data_dir) -> str:

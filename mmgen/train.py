@@ -6,7 +6,7 @@
 Leaves in the run's folder
 
   config.json       the flattened config
-  init_report.json  which parameters came from which other run
+  init_report.json  which parameters came from which other run or file
   metrics.jsonl     one row per step, for TensorBoard in tensorboard/
   checkpoints/      see `training/checkpoint.py`; frozen/ beside it
   predictions/      <evaluator>.jsonl, one line per example
@@ -57,7 +57,7 @@ def train(config, folder, data_dir, parents=None) -> dict:
     config: locked config of the run.
     folder: of the run.
     data_dir: folder of the prepared corpora.
-    parents: {part: run folder} that `config.init` stands for.
+    parents: {part: run folder or weights} that `config.init` stands for.
 
   Returns:
     The content of `result.json`.
@@ -201,7 +201,7 @@ def plan_birth(config, model, objective, example):
 
 def _start(config, checkpointer, folder, mesh, tokenizer, state, frozen,
            parents):
-  """Goes on from the last checkpoint, or takes over parts of other runs.
+  """Goes on from the last checkpoint, or takes over parts of others.
 
   Returns:
     (train state, frozen parameters as exact as they are stored, what was saved
@@ -217,7 +217,8 @@ def _start(config, checkpointer, folder, mesh, tokenizer, state, frozen,
            **sharding.named_leaves(frozen)}
   inherit.check_vocabulary(names, parents, tokenizer)
   names, report = inherit.inherit(
-      names, parents, mesh, config_lib.source_parts(config))
+      names, parents, mesh, config_lib.source_parts(config),
+      _part_configs(config, tokenizer.vocab_size))
   take = lambda name, _: names[name]
   state = {**state, 'params': sharding.map_named(take, state['params'])}
   frozen = sharding.map_named(take, frozen)
@@ -226,6 +227,13 @@ def _start(config, checkpointer, folder, mesh, tokenizer, state, frozen,
   if frozen:
     checkpoint.save_frozen(folder, frozen)
   return state, frozen, {}
+
+
+def _part_configs(config, vocab):
+  """Returns {part: config of its module}, of the model and its teacher."""
+  model = config_lib.build_model(config, vocab)
+  teacher = getattr(build_objective(config, model), 'teacher', None)
+  return vars(model.config) | ({'teacher': teacher.config} if teacher else {})
 
 
 def _loop(run, step, state, frozen, mesh, example):
@@ -315,9 +323,7 @@ def parent_folders(config, workdir, data_dir) -> dict[str, epath.Path]:
   Raises:
     UserError: a parent has not been trained.
   """
-  found = {part: epath.Path(origin.removeprefix('file:').partition('#')[0])
-           for part, origin in config.init.items()
-           if origin.startswith('file:')}
+  found = config_lib.files(config)
   for part, (address, seed) in config_lib.parents(config).items():
     parent = config_lib.load(address, config.scale, seed=seed)
     found[part] = config_lib.run_folder(parent, workdir, data_dir)

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
 from mmgen.models import multimodal
+from mmgen.weights import files
 
 EXPERIMENT = '''
 import ml_collections
@@ -190,6 +192,49 @@ def test_key_follows_what_decides_numbers(path, monkeypatch):
   monkeypatch.setattr(
       config_lib.corpora, 'manifest', lambda data_dir, name: {'hash': 'new'})
   assert key() != before
+
+
+def test_key_follows_what_a_file_holds(path, tmp_path):
+  def key(file, part='decoder'):
+    return config_lib.run_key(config_lib.load(f'{path}:plain:first', overrides=[
+        f'init.decoder=file:{tmp_path}/{file}#{part}']), 'data')
+  def write(file, **changes):
+    files.write(tmp_path / file, dict(
+        dict(a=np.zeros((3, 5), np.float32), b=np.ones(2, np.float32)),
+        **changes))
+    return file
+  first = key(write('a.safetensors'))
+  (tmp_path / 'elsewhere').mkdir()
+  assert key(write('elsewhere/b.safetensors')) == first  # wherever it lies
+  assert key('a.safetensors', 'other') != first
+  keys = {first, *(key(write('a.safetensors', **changes)) for changes in (
+      dict(a=np.zeros((5, 3), np.float32)), dict(b=np.ones(2, np.int32)),
+      dict(b=np.full(2, 1.5, np.float32)), dict(c=np.zeros(0, np.float32))))}
+  assert len(keys) == 5
+  assert key(write('a.safetensors')) == first
+  # Of what is compressed only the size is looked at.
+  np.savez_compressed(tmp_path / 'c.npz', a=np.zeros(999, np.float32))
+  keys = {key('c.npz')}
+  np.savez_compressed(tmp_path / 'c.npz', a=np.arange(999, dtype=np.float32))
+  assert key('c.npz') not in keys
+  with pytest.raises(errors.UserError, match='config.init.decoder: cannot read '
+                     'weights from .*none: No such file'):
+    key('none')
+
+
+def test_key_follows_what_a_folder_of_a_run_holds(path, tmp_path):
+  state = tmp_path / 'run' / 'checkpoints' / '3' / 'state'
+  state.mkdir(parents=True)
+  (state / 'array').write_bytes(b'abc')
+  keys = {config_lib.file_key(tmp_path / 'run')}
+  (tmp_path / 'run').rename(tmp_path / 'moved')
+  assert config_lib.file_key(tmp_path / 'moved') in keys
+  (tmp_path / 'moved' / 'config.json').write_text('{}')
+  keys.add(config_lib.file_key(tmp_path / 'moved'))
+  (tmp_path / 'moved' / 'checkpoints' / '3' / 'state' / 'array').write_bytes(
+      b'abcd')
+  keys.add(config_lib.file_key(tmp_path / 'moved'))
+  assert len(keys) == 3
 
 
 def test_an_option_that_a_run_leaves_alone_is_not_in_its_key():

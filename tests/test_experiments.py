@@ -67,6 +67,7 @@ def test_predicates_on_published_figures(name, expected):
 @pytest.fixture
 def key(monkeypatch):
   monkeypatch.setattr(corpora, 'manifest', lambda data_dir, name: {})
+  monkeypatch.setattr(config_lib, 'file_key', str)
   return lambda address, scale='mini': config_lib.run_key(
       config_lib.load(address, scale), '')
 

@@ -1,43 +1,70 @@
-"""Starting from other runs: whole parts of a model, by name, with a report."""
+"""Starting from others: whole parts of a model, by name, with a report.
 
+A part comes from another run, or from published weights. These are of any
+layout that `mmgen.weights` recognises, and are read straight to where the part
+lives: nothing of the file but the tensors of that part is touched.
+"""
+
+import dataclasses
+import difflib
 import logging
+import pathlib
 import re
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 
 from mmgen import errors
+from mmgen import weights
+from mmgen.data import published_text
 from mmgen.data import text
 from mmgen.training import checkpoint
 from mmgen.training import sharding
+from mmgen.weights import files
+from mmgen.weights import layout as layout_lib
 
 _log = logging.getLogger(__name__)
 
 ALL = 'all'
 # Arrays with an axis along the vocabulary, which may have grown since.
 _VOCABULARY = re.compile(r'(^|/)(embedding|head/kernel)$')
+# A head that pools, above a tower: one that is read patch by patch has none.
+_POOLING = re.compile(r'[^/]+/head/(probe|query|key|value|out|norm|mlp)(/|$)')
+# What no name and no shape shows of a tower, and changes all that it gives.
+_UNSEEN = ('mlp', 'norm', 'norm_eps', 'placement', 'rope_grid', 'rope_theta',
+           'causal', 'mean', 'std')
+# Activations of an MLP of two matrices.
+_PLAIN = ('quick_gelu', 'gelu', 'gelu_tanh')
+_ASK = (' --say is of python -m mmgen.convert; the folder that it makes can '
+        'stand here.')
 
 
-def inherit(params, parents, mesh, sources=None):
+def inherit(params, parents, mesh, sources=None, configs=None):
   """Replaces parts of freshly initialised parameters.
 
   Args:
     params: {name: array}, trained and frozen, in place on the mesh.
-    parents: {part: run folder}; a part is a top-level name of the model, or
-      `ALL` for every part that the model and that run have in common. A part
-      that is named itself wins over `ALL`.
+    parents: {part: run folder, or path of published weights}; a part is a
+      top-level name of the model, or `ALL` for every part that the model and
+      that parent have in common. A part that is named itself wins over `ALL`.
     mesh: the mesh.
-    sources: {part: its name in the other run}, where that is another one.
+    sources: {part: its name in the parent}, where that is another one.
+    configs: {part: config of its module}, for weights: it answers what their
+      tensors do not tell, and what else they tell is compared with it.
 
   Returns:
-    ({name: array}, report). The report is {part: {'from', 'copied', 'grown',
-    'fresh', 'unused'}}: names of arrays taken as they are, of those whose new
-    rows keep their fresh values, of those that `ALL` did not find there, and of
-    those that only the other run has.
+    ({name: array}, report). The report is {part: {'from', 'part', 'copied',
+    'grown', 'fresh', 'unused'}}: names of arrays taken as they are, of those
+    whose new rows keep their fresh values, of those that `ALL` did not find
+    there, and of those that only the parent has. Of weights it also has their
+    'layout', what 'differs' in the configs, and 'tensors', {name: {'from':
+    names of their tensors, 'shape': of ours there, 'dtype': theirs}}.
 
   Raises:
     UserError: within a part that both have, a name or a shape differs in more
-      than a grown vocabulary. All differences are listed.
+      than a grown vocabulary; all differences are listed, and nothing is read
+      of a part that does not fit. Or weights that cannot be read.
   """
   new, report, wrong = dict(params), {}, []
   for part in sorted(parents, key=lambda part: part != ALL):
@@ -49,29 +76,19 @@ def inherit(params, parents, mesh, sources=None):
           f'config.init.{part}: the model has no part {part!r}; its parts: '
           f'{", ".join(sorted({_top(name) for name in params}))}.')
     source = (sources or {}).get(part, part)
-    found = sharding.named_leaves(checkpoint.load_params(
-        folder, None if part == ALL else source, mesh))
-    if part != ALL:
-      found = {part + name.removeprefix(source): leaf
-               for name, leaf in found.items()}
-    shared = {_top(name) for name in wanted} & {_top(name) for name in found}
-    lines = dict(copied=[], grown=[], fresh=[], unused=[])
-    for name in sorted(wanted.keys() | found.keys()):
-      if _top(name) not in shared:
-        lines['fresh' if name in wanted else 'unused'].append(name)
-      elif name not in found or name not in wanted:
-        where = 'only here' if name in wanted else f'only in {folder}'
-        wrong.append(f'{name} is {where}')
-      elif found[name].shape == wanted[name].shape:
-        new[name] = found[name]
-        lines['copied'].append(name)
-      elif _grown(name, found[name].shape, wanted[name].shape):
-        new[name] = _graft(found[name], wanted[name])
-        lines['grown'].append(name)
-      else:
-        wrong.append(f'{name} is {list(found[name].shape)} in {folder}, '
-                     f'{list(wanted[name].shape)} here')
-    report[part] = {'from': str(folder), 'part': source, **lines}
+    parent = (_open_run if _is_run(folder) else _open_weights)(
+        folder, part, source, mesh, configs or {})
+    lines, misfits = _compare(wanted, parent, folder)
+    wrong += misfits
+    taken = lines['copied'] + lines['grown']
+    for name, leaf in (parent.read(taken) if not misfits else {}).items():
+      new[name] = (_graft(leaf, wanted[name]) if name in lines['grown']
+                   else leaf)
+    report[part] = {'from': str(folder), 'part': source, **lines,
+                    **parent.notes}
+    if parent.tensors:
+      report[part]['tensors'] = {
+          name: parent.tensors[name] for name in sorted(taken)}
     _log.info('init.%s from %s: %s', part, folder, ', '.join(
         f'{len(names)} {kind}' for kind, names in lines.items() if names))
   if wrong:
@@ -81,8 +98,42 @@ def inherit(params, parents, mesh, sources=None):
   return new, report
 
 
+def _compare(wanted, parent, folder):
+  """Sorts names into {'copied', 'grown', 'fresh', 'unused'}, and misfits."""
+  found, wrong = parent.found, []
+  shared = {_top(name) for name in wanted} & {_top(name) for name in found}
+  lines = dict(copied=[], grown=[], fresh=[], unused=[])
+
+  def theirs(name):
+    tensors = parent.tensors.get(name, {}).get('from')
+    return f' ({", ".join(tensors)})' if tensors else ''
+
+  for name in sorted(wanted.keys() | found.keys()):
+    if _top(name) not in shared:
+      lines['fresh' if name in wanted else 'unused'].append(name)
+    elif name not in found:
+      wrong.append(f'{name} is only here' + _nearest(
+          name, found.keys() - wanted.keys(), 'there'))
+    elif name not in wanted and _POOLING.match(name):
+      lines['unused'].append(name)
+    elif name not in wanted:
+      wrong.append(f'{name}{theirs(name)} is only in {folder}' + _nearest(
+          name, wanted.keys() - found.keys(), 'here'))
+    elif found[name].shape == wanted[name].shape:
+      lines['copied'].append(name)
+    elif _grown(name, found[name].shape, wanted[name].shape):
+      lines['grown'].append(name)
+    else:
+      wrong.append(f'{name}{theirs(name)} is {list(found[name].shape)} in '
+                   f'{folder}, {list(wanted[name].shape)} here')
+  return lines, wrong
+
+
 def check_vocabulary(params, parents, tokenizer):
   """Checks that what is learnt of a vocabulary keeps its meaning.
+
+  What has no tokenizer, or none that can be read, is taken at its word: that
+  is logged.
 
   Args:
     params: {name: array} of the new run.
@@ -90,17 +141,26 @@ def check_vocabulary(params, parents, tokenizer):
     tokenizer: of the new run.
 
   Raises:
-    UserError: a part with rows of the vocabulary comes from a run whose
-      tokenizer is neither this one nor the beginning of it.
+    UserError: a part with rows of the vocabulary comes from a run or a file
+      whose tokenizer is neither this one nor the beginning of it.
   """
   for part, folder in parents.items():
     if not any(_VOCABULARY.search(name) and part in (ALL, _top(name))
                for name in params):
       continue
-    stored = checkpoint.tokenizer_bytes(folder)
-    if stored == tokenizer.bytes:
+    if _is_run(folder):
+      stored = checkpoint.tokenizer_bytes(folder)
+      if stored == tokenizer.bytes:
+        continue
+      # Converted weights are stored without one.
+      old = text.Tokenizer.from_bytes(stored) if stored else None
+    else:
+      old = _tokenizer_beside(folder)
+    if old is None:
+      _log.warning('init.%s: %s has no tokenizer to compare with that of this '
+                   'run; rows of the vocabulary are taken in order', part,
+                   folder)
       continue
-    old = text.Tokenizer.from_bytes(stored)
     ids = range(min(old.vocab_size, tokenizer.vocab_size))
     other = sum(a != b for a, b in zip(old.pieces(ids), tokenizer.pieces(ids)))
     if other or old.vocab_size > tokenizer.vocab_size:
@@ -108,6 +168,160 @@ def check_vocabulary(params, parents, tokenizer):
           f'config.init.{part}: {folder} was trained with another tokenizer: '
           f'{other} of {len(ids)} ids mean something else here. Train both on '
           'corpora with one tokenizer, or leave the part to start afresh.')
+
+
+def _tokenizer_beside(path):
+  """The first tokenizer beside weights that can be read, or None."""
+  path = pathlib.Path(path)
+  folder = path if path.is_dir() else path.parent
+  for file in (folder / name for name in weights.TOKENIZERS):
+    try:
+      if file.exists():
+        return published_text.Tokenizer(file.read_bytes())
+    except ValueError as error:
+      _log.warning('%s cannot be read: %s', file, error)
+  return None
+
+
+# ---------------------------------------------------------------------------
+# Where parts come from
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parent:
+  """What a run or a file has, under the names that it will have here.
+
+  Attributes:
+    found: {name: what has a shape}.
+    read: function of names; returns {name: array} in place on the mesh.
+    tensors: {name: what the report says of it}; {} of a run, whose arrays have
+      the same names.
+    notes: what else the report says.
+  """
+  found: dict
+  read: object
+  tensors: dict = dataclasses.field(default_factory=dict)
+  notes: dict = dataclasses.field(default_factory=dict)
+
+
+def _is_run(path):
+  return (epath.Path(path) / 'checkpoints').exists()
+
+
+def _open_run(folder, part, source, mesh, configs):
+  del configs  # an old config's model may no longer be known
+  found = sharding.named_leaves(checkpoint.load_params(
+      folder, None if part == ALL else source, mesh))
+  found = {_renamed(name, part, source): leaf for name, leaf in found.items()}
+  return _Parent(found, lambda names: {name: found[name] for name in names})
+
+
+def _open_weights(path, part, source, mesh, configs):
+  """Opens published weights; only headers are read.
+
+  Raises:
+    UserError: they cannot be read, are of no known layout, are not whole, or
+      have no such part.
+  """
+  here = configs if part == ALL else {source: configs.get(part)}
+  try:
+    layout, config = _recognise(path, here)
+    family, tensors = weights.FAMILIES[layout], files.open(path)
+    _, ours = family.build(config, 'float32')
+    rules = family.rules(config)
+    layout_lib.check(rules, tensors, ours, family.ignored, str(path))
+  except errors.UserError as error:
+    raise errors.UserError(f'config.init.{part}: {error}{_ASK}' if '--say=' in
+                           str(error) else f'config.init.{part}: {error}'
+                           ) from error
+  taken = {name: leaf for name, leaf in ours.items()
+           if part == ALL or _top(name) == source}
+  if not taken:
+    raise errors.UserError(
+        f'config.init.{part}: {path} has no part {source!r}; its parts: '
+        f'{", ".join(sorted({_top(name) for name in ours}))}.')
+  old = {_renamed(name, part, source): name for name in taken}
+
+  def read(names):
+    where = sharding.shardings(mesh, {name: taken[old[name]] for name in names})
+    found = layout_lib.load(rules, tensors, {
+        old[name]: jax.ShapeDtypeStruct(
+            taken[old[name]].shape, jnp.float32, sharding=where[name])
+        for name in names})
+    return {name: found[old[name]] for name in names}
+
+  tensors_of = {
+      _renamed(name, part, source): {
+          'from': list(theirs), 'shape': list(shape), 'dtype': dtype}
+      for name, theirs, shape, dtype in layout_lib.report(
+          rules, tensors, taken)}
+  differs = _differences(config, here)
+  if differs:
+    _log.warning('init.%s: %s was trained otherwise than this model computes: '
+                 '%s', part, path, '; '.join(differs))
+  return _Parent({ours: taken[theirs] for ours, theirs in old.items()}, read,
+                 tensors_of, {'layout': layout, 'differs': differs})
+
+
+def _recognise(path, here):
+  """Recognises weights, and answers what they do not tell.
+
+  As little as possible is said, so that the model's own fields never stand
+  before what the weights say themselves. Of a tower that is not taken any
+  answer will do.
+
+  Args:
+    path: of the weights.
+    here: {part there: config of the module that takes it, or None}.
+  """
+  def own(field, other):
+    return {f'{tower}.{field}': getattr(here.get(tower), field, other)
+            for tower in ('vision', 'text')}
+
+  mlp = {name: value if value in _PLAIN else 'gelu'
+         for name, value in own('mlp', None).items()}
+  sizes = own('heads', 1)
+  if hasattr(here.get('vision'), 'image_size'):
+    sizes['vision.image_size'] = here['vision'].image_size
+  first = None
+  for said in ({}, mlp, mlp | sizes):
+    try:
+      return weights.recognise(path, said)
+    except errors.UserError as error:
+      first = first or error
+  raise first
+
+
+def _differences(config, here):
+  """What the config of weights says otherwise than that of a part here.
+
+  Args:
+    config: of the weights' model.
+    here: as for `_recognise`.
+  """
+  lines = []
+  for part, ours in here.items():
+    theirs = getattr(config, part, None)
+    for field in _UNSEEN:
+      if hasattr(ours, field) and hasattr(theirs, field):
+        there, value = getattr(theirs, field), getattr(ours, field)
+        if there != value:
+          lines.append(f'{part}.{field} is {there!r} there, {value!r} here')
+  return lines
+
+
+# ---------------------------------------------------------------------------
+# Names and arrays
+
+
+def _renamed(name, part, source):
+  """The name here of what a parent has as `name`."""
+  return name if part == ALL else part + name.removeprefix(source)
+
+
+def _nearest(name, names, where):
+  close = difflib.get_close_matches(name, names, 1)
+  return f' (nearest {where}: {close[0]})' if close else ''
 
 
 def _top(name):

@@ -27,7 +27,8 @@ FAMILIES = {**eva_clip.LAYOUTS, **clip.LAYOUTS, **llava.LAYOUTS,
             **fuyu.LAYOUTS, **decoders.LAYOUTS}
 
 _BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json')
-_TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'spiece.model')
+# In this order they are looked for beside weights.
+TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'spiece.model')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ def load(path, *, place=None, dtype='float32', said=None):
   return Loaded(
       model=model, params=flax.traverse_util.unflatten_dict(params, sep='/'),
       image=layout.image(config, beside),
-      tokenizer=next((folder / file for file in _TOKENIZERS
+      tokenizer=next((folder / file for file in TOKENIZERS
                       if (folder / file).exists()), None),
       layout=name, dtypes={name: t.dtype for name, t in tensors.items()},
       beside=beside, report=layout_lib.report(rules, tensors, ours))
