@@ -60,11 +60,15 @@ class Document:
     spans: The parts.
     id: Name of the record it was made from, for error messages.
     meta: Anything a reader may want to know; layouts never look at it.
+    begin: Whether a layout puts <bos> before it.
+    end: Whether a layout puts <eos> behind it.
   """
 
   spans: tuple[Span, ...]
   id: str = ''
   meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+  begin: bool = True
+  end: bool = True
 
 
 def text(data: str, role: Role = 'target', weight: float = 1.0) -> Span:

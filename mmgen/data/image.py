@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from mmgen import errors
-from mmgen.data import document as document_lib
 
 # int(255 * mean) of CLIP's training pictures, the colour that EVE and LLaVA
 # pad with.
@@ -203,7 +202,7 @@ def fit_document(document, size, fit, kernel, grid):
       pixels, valid = fit_pixels(span.data, size, fit, kernel, grid)
       span = dataclasses.replace(span, data=pixels, valid=valid)
     spans.append(span)
-  return document_lib.Document(tuple(spans), document.id, document.meta)
+  return dataclasses.replace(document, spans=tuple(spans))
 
 
 FITS = {'square': square, 'pad': pad, 'clip': clip, 'open_clip': open_clip,

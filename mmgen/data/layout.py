@@ -180,7 +180,7 @@ def _lay_out(document, tokenizer, image_layout, end: bool = True) -> _Laid:
     add(())
     return _Laid(*parts[0], images, boxes)
   learn = 0.0
-  for span in _with_bos(document.spans, image_layout):
+  for span in _with_bos(document, image_layout):
     if span.kind == 'text':
       learn = 0.0 if span.role == 'input' else span.weight
       if isinstance(span.data, str):
@@ -198,15 +198,17 @@ def _lay_out(document, tokenizer, image_layout, end: bool = True) -> _Laid:
       raise ValueError(
           f'document {document.id!r} has a span of kind {span.kind!r}; the '
           "layout 'sequence' knows 'text' and 'image'")
-  if end:
+  if end and document.end:
     # The end is learnt exactly if the last words are.
     add([tokenizer.id('<eos>')], learn)
   arrays = [np.concatenate(column) for column in zip(*parts)]
   return _Laid(*arrays, images, boxes)
 
 
-def _with_bos(spans, image_layout):
-  place = 0
+def _with_bos(document, image_layout):
+  spans, place = document.spans, 0
+  if not document.begin:
+    return spans
   if image_layout and image_layout.bos == 'after_image':
     place = next((i for i, span in enumerate(spans) if span.kind != 'image'),
                  len(spans))

@@ -23,6 +23,7 @@ class Source:
     column: Caption to read, see `prompts.caption_text`.
     language: Language of the column 'names'.
     image_place: Picture 'before' or 'after' its caption, or 'random'.
+    style: Templates, a name of `prompts.STYLES`.
     shuffle_pairs: A control: every text gets another record's picture.
     quota: Groups a step.
   """
@@ -33,6 +34,7 @@ class Source:
   column: str = 'fused'
   language: str = 'en'
   image_place: str = 'before'
+  style: str = 'own'
   shuffle_pairs: bool = False
   quota: int = 1
 

@@ -153,7 +153,7 @@ def _document(style, parts, record_id):
         _write(spans, _words(part, fields), role)
   frame = {key: STYLES[style][key] for key in ('begin', 'end')
            if key in STYLES[style]}
-  return document_lib.Document(tuple(spans), record_id, frame)
+  return document_lib.Document(tuple(spans), record_id, **frame)
 
 
 def _words(part, fields):
@@ -244,16 +244,16 @@ def caption(record, source, generator):
   place = source.image_place
   if place == 'random':
     place = PLACES[generator.integers(2)]
-  return caption_document(record['image'], text, place, record['id'])
+  return caption_document(
+      record['image'], text, place, record['id'], source.style)
 
 
 def question(record, source, generator):
   """A picture and one of its questions."""
-  del source
   asked = _questions(record)
   one = asked[generator.integers(len(asked))]
   return question_document(record['image'], [(one['question'], one['answer'])],
-                           record['id'])
+                           record['id'], source.style)
 
 
 def conversation(record, source, generator):
@@ -262,7 +262,7 @@ def conversation(record, source, generator):
   turns = [(asked[i]['question'], asked[i]['answer'])
            for i in generator.permutation(len(asked))]
   pixels = None if source.view in WITHOUT_PICTURES else record['image']
-  return question_document(pixels, turns, record['id'])
+  return question_document(pixels, turns, record['id'], source.style)
 
 
 def _questions(record):
@@ -276,13 +276,14 @@ def _questions(record):
 def text(record, source, generator):
   """A caption without its picture."""
   words = caption_text(record, source.column, source.language, generator)
-  return text_document(words, record['id'])
+  return text_document(words, record['id'], source.style)
 
 
 def pair(record, source, generator):
   """A picture and a caption for the layout `pair`."""
   words = caption_text(record, source.column, source.language, generator)
-  return caption_document(record['image'], words, record_id=record['id'])
+  return caption_document(
+      record['image'], words, record_id=record['id'], style=source.style)
 
 
 def check(where, source):
@@ -296,7 +297,8 @@ def check(where, source):
   for field, values, allowed in (
       ('view', [source.view], VIEWS),
       ('column', columns, COLUMNS),
-      ('image_place', [source.image_place], PLACES)):
+      ('image_place', [source.image_place], PLACES),
+      ('style', [source.style], STYLES)):
     for value in values:
       if value not in allowed:
         raise errors.UserError(
@@ -309,6 +311,15 @@ def check(where, source):
     raise errors.UserError(
         f'{where}.language is {source.language!r}; only '
         f"{where}.column 'names' is known in other languages than 'en'")
+  needs = dict(NEEDS, caption=(
+      ('before', 'after') if source.image_place == 'random'
+      else (source.image_place,)))[source.view]
+  for name in needs:
+    name = f'caption_{name}' if source.view == 'caption' else name
+    if name not in STYLES[source.style]:
+      raise errors.UserError(
+          f'{where}.style {source.style!r} has no template {name!r}, which the '
+          f'view {source.view!r} needs')
   if source.shuffle_pairs and source.view in WITHOUT_PICTURES:
     raise errors.UserError(
         f"{where}.shuffle_pairs is set; the view {source.view!r} has no "
@@ -323,4 +334,9 @@ VIEWS = {
     'text_conversation': conversation,
     'pair': pair,
 }
+# The templates that a view needs; 'caption' needs those of its places.
+NEEDS = {
+    'vqa': ('question',), 'conversation': ('question', 'turn'),
+    'text': ('text',), 'text_conversation': ('question_text', 'turn'),
+    'pair': ('caption_before',)}
 WITHOUT_PICTURES = ('text', 'text_conversation')

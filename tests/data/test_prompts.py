@@ -87,6 +87,14 @@ def test_conversation_asks_everything_once_and_closes_each_answer():
   assert len(orders) == 6
 
 
+def test_views_speak_in_the_style_of_their_source():
+  assert shown(view('caption', style='plain'))[1] == ('cccccc\n', 'target')
+  assert shown(view('vqa', style='vicuna_v1'))[-2][0].endswith(' ASSISTANT:')
+  assert not view('text_conversation', style='eve2').begin
+  assert view('text', style='emu').end and not view(
+      'text', style='eve2_plain').end
+
+
 def test_pair_has_one_picture_and_one_text():
   assert shown(view('pair', column='raw')) == [
       ('image', 'input'), ('cc', 'target')]
@@ -104,7 +112,7 @@ def test_own_templates_are_the_default():
        prompts.question_document(RECORD['image'], turns, style='own')),
       (prompts.caption_document(RECORD['image'], 'fox'),
        prompts.caption_document(RECORD['image'], 'fox', style='own'))):
-    assert shown(given) == shown(same) and given.meta == {}
+    assert shown(given) == shown(same) and given.begin and given.end
   assert shown(prompts.question_document(None, turns)) == [
       (('<user>',), 'input'), ('what?', 'input'), (('<assistant>',), 'input'),
       (('<answer>',), 'input'), ('fox', 'target'), (('<eos>',), 'target'),
@@ -132,12 +140,12 @@ def test_a_published_conversation():
   assert [type(s.data) for s in found.spans if s.kind == 'text'] == [
       str, str, published_text.AfterText, tuple, published_text.AfterMark,
       published_text.AfterText]
-  assert found.meta == {}
+  assert found.begin and found.end
   found = prompts.question_document(
       None, [(' what? ', 'a fox')], style='eve2')
   assert shown(found) == [
       (f'{CHAT} what?  ASSISTANT:', 'input'), (' a fox', 'target')]
-  assert found.meta == {'begin': False}
+  assert not found.begin and found.end
 
 
 def test_an_empty_answer_within_a_published_conversation():
@@ -157,8 +165,8 @@ def test_an_empty_answer_within_a_published_conversation():
 def test_published_captions(style, spans):
   found = prompts.caption_document(RECORD['image'], ' a fox ', style=style)
   assert shown(found) == spans
-  assert found.meta.get('end', True) == (style == 'emu')
-  assert found.meta.get('begin', True) == (style != 'eve2_plain')
+  assert found.end == (style == 'emu')
+  assert found.begin == (style != 'eve2_plain')
 
 
 def test_what_is_typed_is_no_template():
@@ -182,6 +190,9 @@ def test_unknown_styles():
     (dict(view='cap'), "mix.s.view is 'cap'; allowed: caption"),
     (dict(column='raw+rough'), "mix.s.column is 'rough'"),
     (dict(image_place='left'), "mix.s.image_place is 'left'"),
+    (dict(style='vicuna'), "mix.s.style is 'vicuna'"),
+    (dict(style='plain', view='vqa'), "no template 'question'"),
+    (dict(style='plain', image_place='random'), "no template 'caption_after'"),
     (dict(view='vqa', image_place='after'), "only knows 'before'"),
     (dict(language='ja'), "mix.s.language is 'ja'"),
     (dict(view='text', shuffle_pairs=True), 'no pictures'),

@@ -100,7 +100,7 @@ def test_conversations_are_those_of_the_reference(style, join):
   for case in conversations(style, join):
     model = tokenizer(case['file'], join=join)
     found = document(case)
-    ids, learnt = flat(found.spans, model, **found.meta)
+    ids, learnt = flat(found.spans, model, found.begin, found.end)
     if 'turns' in case and not case['turns'][-1][1]:
       # The reference takes the sample for a prompt, and learns none of it.
       last_empty += 1
@@ -143,15 +143,18 @@ def test_fuyu_prompts_are_those_of_the_reference():
     assert [*patches, model.id('<bos>'), *ids[1:]] == case['ids'], case
 
 
-def test_rows_of_a_batch_are_those_of_the_reference():
-  """Through the layout: LLaVA needs nothing that it does not do."""
+@pytest.mark.parametrize('style,join', [
+    ('plain', 'space'), ('vicuna_v1', 'none'), ('eve2', 'space'),
+    ('eve2_plain', 'space')])
+def test_rows_of_a_batch_are_those_of_the_reference(style, join):
   grid = layout.ImageLayout(1, 1)
-  for case in conversations('vicuna_v1', 'none')[::7]:
-    model = tokenizer(case['file'], join='none')
-    if not case['turns'][-1][1]:
+  for case in conversations(style, join)[::5]:
+    model = tokenizer(case['file'], join=join)
+    if not case.get('turns', ['x'])[-1][-1] or len(case['learnt']) == 1:
       continue
     row = layout.unpacked([document(case)], model, grid, 3000, 1, (2, 2))
     size = len(case['ids'])
+    assert (row['segments'] > 0).sum() == size
     visual = row['visual'][0, :size] >= 0
     tokens = np.where(visual, -200, row['tokens'][0, :size])
     np.testing.assert_array_equal(tokens, case['ids'])
