@@ -67,13 +67,14 @@ def read_picture(path):
   return np.asarray(Image.alpha_composite(white, image).convert('RGB'))
 
 
-def requests(images, questions, sees):
+def requests(images, questions, sees, style='own'):
   """Every picture with every prompt.
 
   Args:
     images: paths of pictures.
     questions: texts; none asks for captions.
     sees: whether the model reads pictures.
+    style: a name of `prompts.STYLES`.
 
   Returns:
     A list of `Request`.
@@ -101,9 +102,11 @@ def requests(images, questions, sees):
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()
     for words in questions or [None]:
       document = (
-          prompts.caption_document(pixels, '', record_id=str(path))
+          prompts.caption_document(
+              pixels, '', record_id=str(path), style=style
+          )
           if words is None else
-          prompts.question_document(pixels, [(words, '')], str(path))
+          prompts.question_document(pixels, [(words, '')], str(path), style)
       )
       found.append(Request(path, words, document, f'{digest} {words}'))
   return found
@@ -164,6 +167,9 @@ def _parser():
       help='a picture; may be repeated')
   add('--prompt', action='append', default=[], metavar='TEXT',
       help='a question; may be repeated (default: caption the pictures)')
+  add('--style', choices=prompts.STYLES, metavar='NAME',
+      help=f'templates of the prompt: {", ".join(prompts.STYLES)} (default: '
+      'that of the first source the run was trained on)')
   add('--temperature', type=float, default=0.0,
       help='0 takes the most probable token (default: %(default)s)')
   add('--top_p', type=float, default=1.0,
@@ -206,7 +212,11 @@ def main(argv=None):
         f'--run={args.run} is a model of the kind {config.model.name!r}, '
         "which says nothing; 'multimodal' ones do"
     )
-  asked = requests(args.image, args.prompt, bool(config.model.get('vision')))
+  styles = [s.get('style', 'own') for s in config.get('mix', {}).values()]
+  asked = requests(
+      args.image, args.prompt, bool(config.model.get('vision')),
+      args.style or [*styles, 'own'][0],
+  )
   said = generate(
       run_folder.open_run(args.run), asked, max_tokens=args.max_tokens,
       temperature=args.temperature, top_p=args.top_p, seed=args.seed,

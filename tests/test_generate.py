@@ -1,6 +1,7 @@
 """The command that asks a run about pictures."""
 
 import json
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -69,6 +70,22 @@ def test_without_a_prompt_the_picture_is_captioned(places, capsys):
   run, _, folder = places
   found = ask(capsys, run, f'--image={folder / "a.png"}')
   assert found[0]['prompt'] is None and found[0]['answers'][0]
+
+
+def test_prompts_have_the_style_that_was_trained(places, tmp_path, capsys):
+  run, _, folder = places
+  image = f'--image={folder / "a.png"}'
+  shutil.copytree(run, tmp_path / 'run')
+  config = json.loads((run / 'config.json').read_text())
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(
+      config | {'mix.first.style': 'fuyu'}))
+  own = ask(capsys, run, image, '--prompt=what?')
+  styled = ask(capsys, tmp_path / 'run', image, '--prompt=what?')
+  assert own != styled == ask(
+      capsys, run, image, '--prompt=what?', '--style=fuyu')
+  with pytest.raises(SystemExit):
+    ask(capsys, run, image, '--style=latin')
+  assert 'vicuna_v1' in capsys.readouterr().err
 
 
 def test_a_run_trained_on_text_continues_the_prompt(places, capsys):

@@ -26,7 +26,7 @@ from mmgen import errors
 from mmgen.data import document as document_lib
 from mmgen.data import published_text
 
-TEMPLATES = {
+_OWN = {
     'caption_before': '{image}{caption}',
     'caption_after': '{caption}{image}',
     'text': '{caption}',
@@ -64,8 +64,7 @@ _VICUNA = dict(
 # one is not closed by <eos>, as in the references.
 STYLES = {
     'own': dict(
-        TEMPLATES, question='{image}' + TEMPLATES['turn'],
-        question_text=TEMPLATES['turn']),
+        _OWN, question='{image}' + _OWN['turn'], question_text=_OWN['turn']),
     # LLaVA, EVE: the first stages (and the second of EVE).
     'plain': dict(caption_before='{image}[{caption}\n]', end=False),
     # Vicuna, LLaVA-1.5, EVE.

@@ -24,13 +24,17 @@ NAMES = 'whole words, singular or plural: 2'
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Settings; `examples` limits the scenes, `column` names the caption."""
+  """Settings; `examples` limits the scenes, `column` names the caption.
+
+  `style` names the templates, see `prompts.STYLES`.
+  """
 
   corpus: str
   split: str = 'validation'
   examples: int | None = None
   column: str = 'fused'
   batch_size: int = 64
+  style: str = 'own'
 
 
 def names_said(text, names):
@@ -67,7 +71,8 @@ class Evaluator:
     self.captions = self.counts['captions'][config.column]
     self.max_tokens = answering.longest(self.captions, context.tokenizer)
     self.fingerprint = common.fingerprint(
-        evaluator='caption', template=prompts.TEMPLATES['caption_before'],
+        evaluator='caption',
+        template=prompts.template(config.style, 'caption_before'),
         column=config.column, parser=common.PARSER, names=NAMES,
         decoding='greedy', max_tokens=self.max_tokens,
         **common.settings(config, context, len(self.records)),
@@ -76,7 +81,10 @@ class Evaluator:
 
   def _captions(self, params, condition):
     documents = [
-        prompts.caption_document(record['image'], '', record_id=record['id'])
+        prompts.caption_document(
+            record['image'], '', record_id=record['id'],
+            style=self.config.style,
+        )
         for record in common.under(condition, self.records)
     ]
     return answering.answer(

@@ -36,6 +36,7 @@ class Config:
   language: str = 'en'
   image_place: str = 'before'
   batch_size: int = 64
+  style: str = 'own'
 
 
 @functools.partial(jax.jit, static_argnames='model')
@@ -71,11 +72,12 @@ class Evaluator:
     self.records = common.scenes(
         context.data_dir, config.corpus, config.split, config.examples
     )
-    template = {
-        'caption': f'caption_{config.image_place}', 'text': 'text',
-    }.get(config.view, 'turn')
+    template = (
+        f'caption_{config.image_place}' if config.view == 'caption'
+        else prompts.NEEDS[config.view][0]
+    )
     self.fingerprint = common.fingerprint(
-        evaluator='loss', template=prompts.TEMPLATES[template],
+        evaluator='loss', template=prompts.template(config.style, template),
         view=config.view, column=config.column, language=config.language,
         **common.settings(config, context, len(self.records)),
     )

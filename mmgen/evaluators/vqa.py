@@ -19,12 +19,16 @@ TYPES = ('what', 'colour', 'count', 'where', 'exists')
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Settings; `examples` limits the questions, None asks all of the split."""
+  """Settings; `examples` limits the questions, None asks all of the split.
+
+  `style` names the templates, see `prompts.STYLES`.
+  """
 
   corpus: str
   split: str = 'validation'
   examples: int | None = None
   batch_size: int = 64
+  style: str = 'own'
 
 
 class Evaluator:
@@ -43,7 +47,7 @@ class Evaluator:
         self.counts['answers'], context.tokenizer
     )
     self.fingerprint = common.fingerprint(
-        evaluator='vqa', template=prompts.TEMPLATES['turn'],
+        evaluator='vqa', template=prompts.template(config.style, 'question'),
         parser=common.PARSER, decoding='greedy', max_tokens=self.max_tokens,
         **common.settings(config, context, len(self.pairs)),
     )
@@ -55,7 +59,8 @@ class Evaluator:
     records = common.under(condition, [record for record, _ in self.pairs])
     documents = [
         prompts.question_document(
-            record['image'], [(asked['question'], '')], record['id']
+            record['image'], [(asked['question'], '')], record['id'],
+            self.config.style,
         )
         for record, (_, asked) in zip(records, self.pairs)
     ]

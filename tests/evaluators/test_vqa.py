@@ -3,6 +3,7 @@
 import pytest
 import scripted
 
+from mmgen import errors
 from mmgen.evaluators import common
 from mmgen.evaluators import vqa
 from mmgen.models import sampling
@@ -79,5 +80,20 @@ def test_fingerprints_follow_the_settings(evaluator):
       vqa.Config('shapes', **k), context).fingerprint
   assert build() == evaluator.fingerprint  # the batch size shifts nothing
   assert build(examples=4) != evaluator.fingerprint
+  assert build(style='vicuna_v1') != evaluator.fingerprint
+  with pytest.raises(errors.UserError, match="style 'latin'; there are: own"):
+    build(style='latin')
   context.config.image.kernel = 'box'
   assert build() != evaluator.fingerprint
+
+
+def test_questions_are_asked_in_the_style(evaluator, monkeypatch):
+  asked = []
+  monkeypatch.setattr(
+      vqa.answering, 'answer',
+      lambda context, params, documents, *_: asked.extend(documents) or [''] *
+      len(documents))
+  config = vqa.Config('shapes', style='vicuna_v1')
+  list(vqa.Evaluator(config, evaluator.context).run({}))
+  words = [span.data for span in asked[0].spans if span.kind == 'text']
+  assert words[1:] == ['\nwhat is this? ASSISTANT:', '']
