@@ -76,7 +76,8 @@ def _paper():
 def _web(corpus, view, quota):
   return dict(captions=dict(
       corpus=corpus, split='train', view=view, column='synthetic',
-      language='en', image_place='before', shuffle_pairs=False, quota=quota))
+      language='en', image_place='before', shuffle_pairs=False, quota=quota,
+      style='plain' if view == 'caption' else 'vicuna_v1'))
 
 
 def _scores(split='compositions', examples=2048):
