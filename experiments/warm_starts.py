@@ -14,8 +14,7 @@ row that starts from them. Their seed is the row's.
 
   python -m mmgen.train --config=warm_starts:clip
 
-Published sizes will start from published weights, `init.decoder='file:...'`;
-`mmgen.weights` reads them, `init` does not take them yet.
+Published sizes start from published weights, `init.decoder='file:...'`.
 """
 
 import ml_collections
@@ -53,7 +52,7 @@ def base(scale):
   if scale != 'mini':
     raise errors.UserError(
         'warm_starts exists at --scale=mini only: published sizes start from '
-        'published weights, which init does not take yet.')
+        "published weights, init.<part>='file:<path>'.")
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.steps = 400
