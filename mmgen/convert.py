@@ -3,10 +3,13 @@
   python -m mmgen.convert --from=clip-vit-base-patch32 --to=runs/clip
   python -m mmgen.convert --from=runs/clip --to=exported
   python -m mmgen.convert --from=b.pt --say=mlp=quick_gelu --to=b.safetensors
+  python -m mmgen.convert --from=llava-1.5-7b-hf --to=runs/llava
+  python -m mmgen.generate --run=runs/llava --image=fox.png --prompt="What?"
 
 Published weights become the checkpoint and the config of a run folder, in
-float32. A run folder, or a --to that ends in .safetensors, becomes safetensors
-in the layout, and each tensor in the dtype, that the weights came in.
+float32, with the tokenizer that lies beside them. A run folder, or a --to that
+ends in .safetensors, becomes safetensors in the layout, and each tensor in the
+dtype, that the weights came in.
 """
 
 import argparse
@@ -22,37 +25,48 @@ from mmgen import config as config_lib
 from mmgen import errors
 from mmgen import run_folder
 from mmgen import weights
+from mmgen.data import published_text
 from mmgen.models import clip
+from mmgen.models import multimodal
 from mmgen.training import checkpoint
 from mmgen.weights import files
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
+# Of a converted decoder; its cache is only as long as a prompt and its answer.
+_LENGTH = 4096
 
 
-def to_run(loaded, folder, source):
+def to_run(loaded, folder, source, tokenizer=None):
   """Writes a published model as a run folder with one checkpoint, step 0.
 
   Args:
     loaded: a `weights.Loaded`.
     folder: that does not exist yet.
     source: path of the weights, for the record.
+    tokenizer: path of its file, if it is not the one beside the weights.
 
   Raises:
-    UserError: the model is no CLIP.
+    UserError: the weights are not a whole model, or the tokenizer is none that
+      is known, or of another model.
   """
-  if not isinstance(loaded.model, clip.Clip):
+  kind = next((kind for kind, module in KINDS.items()
+               if isinstance(loaded.model, module)), None)
+  config = loaded.model.config
+  if kind is None or getattr(config, 'vision', None) and (
+      'vision' not in loaded.params):
     raise errors.UserError(
-        f'{source} has the layout {loaded.layout}, of which no run folder can '
-        'be made yet, only of those of a CLIP. Load it with '
+        f'{source} has the layout {loaded.layout}, which is not a whole model. '
+        "Start a row's parts from it, init.<part>='file:...', load it with "
         'mmgen.weights.load, or write it anew with a --to that ends in '
         '.safetensors.')
-  flat = _flat_config(loaded)
+  stored = _tokenizer(tokenizer or loaded.tokenizer, config, kind)
+  flat = config_lib.flatten(_run_config(loaded, kind))
   notes = dict(source=str(source), layout=loaded.layout, beside=loaded.beside,
                dtypes={name: dtype.name
                        for name, dtype in loaded.dtypes.items()})
   checkpointer = checkpoint.Checkpointer(folder)
   checkpointer.save(0, {'params': loaded.params},
-                    dict(config=flat, weights=notes), b'')
+                    dict(config=flat, weights=notes), stored)
   checkpointer.close()
   with checkpoint.writing(folder):
     path = pathlib.Path(folder)
@@ -62,15 +76,49 @@ def to_run(loaded, folder, source):
         for ours, theirs, shape, dtypes in loaded.report))
 
 
-def _flat_config(loaded):
+def _tokenizer(path, config, kind):
+  """The bytes of a model's tokenizer; none if there is no file."""
+  if path is None:
+    return b''
+  try:
+    found = published_text.load(path)
+  except (OSError, ValueError) as error:
+    raise errors.UserError(
+        f'the tokenizer {path} cannot be read: {error}. Give another with '
+        '--tokenizer=PATH, or none: --tokenizer=') from error
+  rows = (config.text if kind == 'clip' else config.decoder).vocab
+  if found.vocab_size > rows:
+    raise errors.UserError(
+        f'the tokenizer {path} has {found.vocab_size} ids, and the model '
+        f'{rows} embeddings: it is that of another model. Give the right one '
+        'with --tokenizer=PATH, or none: --tokenizer=')
+  return found.bytes
+
+
+def _run_config(loaded, kind):
   """A run's config: every field of the model and of its pictures."""
-  model = dataclasses.asdict(loaded.model.config)
-  model |= dict(name='clip', size='clip-b32')  # overridden field by field
-  image = {name: loaded.image[name] for name in ('size', 'fit', 'kernel')}
-  return config_lib.flatten(dict(
-      name=f'weights/{loaded.layout}', dtype=model['vision']['dtype'],
-      model=model, image=image,
-      layout=dict(name='pair', length=model['text']['length'])))
+  config = loaded.model.config
+  parts = dataclasses.asdict(config)
+  if kind == 'clip':
+    model = parts | dict(name=kind, size='clip-b32')  # overridden, every field
+    layout = dict(name='pair', length=config.text.length)
+  else:
+    drop = lambda part, *names: {
+        name: x for name, x in parts[part].items() if name not in names}
+    model = dict(name=kind, decoder=drop('decoder', 'dtype'))
+    if config.vision is not None:
+      model |= dict(
+          vision=drop('vision', 'dtype') | dict(name=multimodal.name(config)),
+          connector=drop('connector', 'width', 'dtype'))
+    layout = dict(name='sequence', length=_LENGTH, rows=1, documents=1,
+                  images=1)
+  seen = loaded.image or dict(size=(1, 1), fit='square', kernel='bicubic')
+  image = {name: seen[name] for name in ('size', 'fit', 'kernel')}
+  style = weights.FAMILIES[loaded.layout].style
+  return dict(
+      name=f'weights/{loaded.layout}', model=model, layout=layout, image=image,
+      dtype=(config.text if kind == 'clip' else config.decoder).dtype,
+      mix=dict(published=dict(style=style)))
 
 
 def from_run(folder):
@@ -81,11 +129,9 @@ def from_run(folder):
   """
   params = checkpoint.load_params(folder)
   config = run_folder.read_config(folder)
-  if config.model.name != 'clip':
-    raise errors.UserError(
-        f'--from={folder} is a model of the kind {config.model.name!r}; no '
-        "published layout is known of it yet, only of 'clip'")
-  vocab = len(params['text']['token_embedding']['embedding'])
+  vocab = len(params['text']['token_embedding']['embedding']
+              if config.model.name == 'clip' else
+              params['decoder']['embedding'])
   model = config_lib.build_model(config, vocab)
   return model.config, params, checkpoint.load_extras(folder).get('weights', {})
 
@@ -142,6 +188,9 @@ def _parser():
       help='what to write; it must not exist yet')
   add('--say', action='append', default=[], metavar='FIELD=VALUE',
       help='what the weights cannot tell; an error says what is needed')
+  add('--tokenizer', metavar='PATH',
+      help='a tokenizer.json or tokenizer.model for the run folder (default: '
+      'that beside the weights)')
   add('--layout', choices=weights.FAMILIES,
       help='to export in (default: what the weights came in)')
   add('--dtype', choices=_DTYPES,
@@ -167,10 +216,16 @@ def main(argv=None):
       export(loaded.model.config, loaded.params, notes, args.to, args.layout,
              args.dtype)
     else:
-      to_run(loaded, args.to, args.source)
+      if args.tokenizer == '':
+        loaded = dataclasses.replace(loaded, tokenizer=None)
+      to_run(loaded, args.to, args.source, args.tokenizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
     print(f'{args.source}: {loaded.layout}, {size:,} parameters')
   print(f'{args.to}: written')
+
+
+# Of what a run folder can be made, by `config.model.name`.
+KINDS = {'clip': clip.Clip, 'multimodal': multimodal.MultimodalDecoder}
 
 
 if __name__ == '__main__':

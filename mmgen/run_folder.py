@@ -62,10 +62,16 @@ def open_run(folder) -> Run:
     folder: a path, local or on an object store.
 
   Raises:
-    UserError: no run folder, or no complete checkpoint in it.
+    UserError: no run folder, no complete checkpoint in it, or no tokenizer.
   """
   config = read_config(folder)
-  tokenizer = text.Tokenizer.from_bytes(checkpoint.tokenizer_bytes(folder))
+  stored = checkpoint.tokenizer_bytes(folder)
+  if not stored:
+    raise errors.UserError(
+        f'--run={folder} has no tokenizer, for its weights came without one; '
+        'convert them again with --tokenizer=PATH'
+    )
+  tokenizer = text.Tokenizer.from_bytes(stored)
   return Run(
       folder=epath.Path(folder),
       config=config,

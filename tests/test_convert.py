@@ -3,15 +3,19 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import ml_collections
 import numpy as np
+from PIL import Image
+import published_files
 import pytest
 
 from mmgen import config as config_lib
 from mmgen import convert
 from mmgen import errors
+from mmgen import generate
 from mmgen import run_folder
 from mmgen import weights
 from mmgen.models import clip
@@ -19,6 +23,7 @@ from mmgen.training import checkpoint
 from mmgen.weights import files
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'weights'
+TOKENIZERS = GOLDEN.parent / 'tokenizers'
 
 
 def run(*args):
@@ -138,18 +143,61 @@ def test_eva_clip_to_a_run_folder_and_back(tmp_path):
     assert tensor.array().tobytes() == a[name].array().tobytes()
 
 
-def test_of_a_decoder_there_is_no_run_folder_yet(tmp_path):
+def test_of_a_part_there_is_no_run_folder(tmp_path):
   source = GOLDEN / 'mm_projector.bin'
-  with pytest.raises(errors.UserError, match='llava_projector, of which no'):
+  with pytest.raises(errors.UserError, match='projector, which is not a whole'):
     run(f'--from={source}', f'--to={tmp_path / "run"}')
   assert not (tmp_path / 'run').exists()
   run(f'--from={source}', f'--to={tmp_path / "again.safetensors"}')
   assert_same_tensors(source, tmp_path / 'again.safetensors')
 
 
-def test_only_what_has_a_layout(tmp_path):
-  trained(tmp_path / 'run')
-  path = tmp_path / 'run' / 'config.json'
-  path.write_text(path.read_text().replace('"clip"', '"multimodal"'))
-  with pytest.raises(errors.UserError, match="of the kind 'multimodal'"):
-    run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}')
+@pytest.fixture(scope='module')
+def llava(tmp_path_factory):
+  """A folder of a tiny LLaVA-1.5, as transformers writes it."""
+  folder = tmp_path_factory.mktemp('llava') / 'llava-tiny'
+  with np.load(GOLDEN.parent / 'llava_square.npz') as file:
+    tensors = {name.removeprefix('weights/'): file[name]
+               for name in file if name.startswith('weights/')}
+  width = tensors['language_model.lm_head.weight'].shape[1]
+  words = np.random.default_rng(0).normal(size=(528, width)).astype('f4')
+  tensors['language_model.model.embed_tokens.weight'] = words
+  tensors['language_model.lm_head.weight'] = words[::-1].copy()
+  published_files.save(folder, tensors, dict(
+      model_type='llava', projector_hidden_act='gelu', image_token_index=521,
+      vision_feature_layer=-2, vision_feature_select_strategy='default',
+      text_config=dict(model_type='llama', num_attention_heads=7,
+                       rms_norm_eps=1e-5),
+      vision_config=dict(model_type='clip_vision_model', image_size=17,
+                         patch_size=5, num_attention_heads=3)))
+  shutil.copy(TOKENIZERS / 'llava_hf.json', folder / 'tokenizer.json')
+  return folder
+
+
+def test_a_published_decoder_is_asked_and_given_back(llava, tmp_path, capsys):
+  run(f'--from={llava}', f'--to={tmp_path / "run"}')
+  opened = run_folder.open_run(tmp_path / 'run')
+  assert opened.tokenizer.family == 'llava_hf'
+  assert opened.model.config == weights.load(llava).model.config
+  assert opened.image_layout.table_size == 9
+  Image.new('RGB', (20, 10), 'red').save(tmp_path / 'red.png')
+  capsys.readouterr()
+  generate.main([f'--run={tmp_path / "run"}', '--prompt=what is this?',
+                 f'--image={tmp_path / "red.png"}', '--max_tokens=4', '--json'])
+  assert json.loads(capsys.readouterr().out)[0]['answers'][0]
+  assert opened.config.mix.published.style == 'vicuna_v1'
+  run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "back"}')
+  assert_same_tensors(llava, tmp_path / 'back')
+
+
+def test_a_tokenizer_must_be_the_models(llava, tmp_path):
+  to = tmp_path / 'run'
+  with pytest.raises(errors.UserError, match='820 ids, and the model 528'):
+    run(f'--from={llava}', f'--to={to}',
+        f'--tokenizer={TOKENIZERS / "clip.json"}')
+  with pytest.raises(errors.UserError, match='cannot be read: not a sentence'):
+    run(f'--from={llava}', f'--to={to}', f'--tokenizer={__file__}')
+  assert not to.exists()
+  run(f'--from={llava}', f'--to={to}', '--tokenizer=')
+  with pytest.raises(errors.UserError, match='no tokenizer, for its weights'):
+    run_folder.open_run(to)

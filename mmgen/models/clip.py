@@ -123,7 +123,8 @@ def build(config, vocab=None):
   Args:
     config: with `model` and `dtype`. `model.size` names an entry of `SIZES`;
       all other fields of `model`, `model.vision` and `model.text` override it.
-    vocab: rows of the text embedding; default `model.text.vocab`.
+    vocab: rows of the text embedding that a tokenizer needs;
+      `model.text.vocab` may ask for more.
 
   Raises:
     ValueError: an unknown name or field, or values that do not fit.
@@ -136,7 +137,7 @@ def build(config, vocab=None):
   base = SIZES[size]
   text = dict(fields.pop('text', {}), dtype=config.dtype)
   if vocab is not None:
-    text['vocab'] = vocab
+    text['vocab'] = max(vocab, text.get('vocab', 0))
   vision = dict(fields.pop('vision', {}), dtype=config.dtype)
   return Clip(_replace(base, 'model', **fields,
                        vision=_replace(base.vision, 'model.vision', **vision),

@@ -188,7 +188,8 @@ def build(config, vocab=None):
     config: with `model.decoder`, `model.vision` (None or {} for text only),
       `model.connector` and `dtype`. `model.decoder.size` may name a published
       size, whose fields the others override.
-    vocab: rows of the text embedding; default `model.decoder.vocab`.
+    vocab: rows of the text embedding that a tokenizer needs;
+      `model.decoder.vocab` may ask for more.
 
   Raises:
     ValueError: an unknown name or field, or widths that do not fit.
@@ -196,7 +197,7 @@ def build(config, vocab=None):
   shared = dict(dtype=config.dtype)
   fields = dict(config.model.decoder.items()) | shared
   if vocab is not None:
-    fields['vocab'] = vocab
+    fields['vocab'] = max(vocab, fields.get('vocab', 0))
   text = (decoder_lib.sized(fields.pop('size'), **fields) if 'size' in fields
           else _make(decoder_lib.DecoderConfig, fields, 'decoder'))
   if not config.model.get('vision'):
@@ -229,6 +230,12 @@ class Vision(NamedTuple):
   config: type
   module: type
   flops: Any
+
+
+def name(config):
+  """The name in `VISION` of how a `MultimodalConfig` sees."""
+  return next(name for name, part in VISION.items()
+              if isinstance(config.vision, part.config))
 
 
 def _part(config):

@@ -143,7 +143,7 @@ def _layout(names):
   return layout.Layout(
       recognise=functools.partial(_recognise, names=names),
       build=decoders.build, rules=functools.partial(_rules, names=names),
-      image=_image, ignored=decoders.BUFFERS)
+      image=_image, ignored=decoders.BUFFERS, style='fuyu')
 
 
 LAYOUTS = {

@@ -58,12 +58,14 @@ class Layout:
     rules: config -> list of `Rule`.
     image: (config, beside) -> how a picture becomes the model's pixels.
     ignored: patterns of whole names of tensors that follow from the rest.
+    style: of the prompts it was trained on, a name of `data.prompts.STYLES`.
   """
   recognise: Callable[..., Any]
   build: Callable[..., Any]
   rules: Callable[..., list]
   image: Callable[..., dict]
   ignored: tuple[str, ...] = ()
+  style: str = 'own'
 
 
 # ---------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def _layout(names):
       recognise=functools.partial(_recognise, names=names),
       build=functools.partial(decoders.build, parts=parts),
       rules=functools.partial(_rules, names=names), image=_image,
-      ignored=(*decoders.BUFFERS, r'.*\.position_ids'))
+      ignored=(*decoders.BUFFERS, r'.*\.position_ids'), style='vicuna_v1')
 
 
 LAYOUTS = {
