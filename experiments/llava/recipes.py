@@ -17,7 +17,6 @@ At mini scale each row starts from a mini CLIP and a mini decoder that has read,
 and is trained on drawn scenes: a check that the recipe learns.
 """
 
-from experiments import warm_starts
 from experiments.eve import base as eve
 
 FREEZE = {'optimizer.groups.vision': eve.FREEZE_VISION}
