@@ -297,20 +297,14 @@ class Stack(nn.Module):
     blocks = self.param('blocks', _init_blocks, c)
     x_BTD = x_BTD.astype(c.dtype)
     tapped = {0: x_BTD} if 0 in taps else {}
-    caches = []
     run = _run_unrolled if c.unroll else _run_scanned
-    borders = sorted({0, c.layers, *taps})
-    for first, last in zip(borders, borders[1:]):
-      x_BTD, written = run(c, _cut(blocks, first, last, c.layers), x_BTD, mask,
-                           positions_BT, _cut_cache(cache, first, last, c))
-      caches.append(written)
-      if last in taps:
-        tapped[last] = x_BTD
+    x_BTD, written, found = run(c, blocks, x_BTD, mask, positions_BT, cache,
+                                sorted({*taps} - {0}))
     if c.final_norm:
       x_BTD = NORMS[c.norm](c.norm_eps, c.dtype, name='final_norm')(x_BTD)
-    out = {'taps': tapped}
+    out = {'taps': tapped | found}
     if cache is not None:
-      out['cache'] = _join_caches(caches, c)
+      out['cache'] = written
     return x_BTD, out
 
 
@@ -369,51 +363,47 @@ def _block_function(config):
   return apply
 
 
-def _run_unrolled(config, blocks, x_BTD, mask, positions_BT, caches):
+def _run_unrolled(config, blocks, x_BTD, mask, positions_BT, caches, taps):
   apply = _block_function(config)
-  written = []
-  for layer in range(jax.tree.leaves(blocks)[0].shape[0]):
+  written, tapped = [], {}
+  for layer in range(config.layers):
     params = jax.tree.map(operator.itemgetter(layer), blocks)
     x_BTD, cache = apply(params, x_BTD, mask, positions_BT,
                          caches[layer] if caches else None)
     written.append(cache)
-  return x_BTD, tuple(written)
+    if layer + 1 in taps:
+      tapped[layer + 1] = x_BTD
+  return x_BTD, tuple(written), tapped
 
 
-def _run_scanned(config, blocks, x_BTD, mask, positions_BT, cache):
-  """The cache travels in the carry, which XLA updates in place."""
+def _run_scanned(config, blocks, x_BTD, mask, positions_BT, cache, taps):
+  """One scan: cache and taps travel in the carry, updated in place.
+
+  A scan from tap to tap would be compiled as often as there are taps, and
+  would copy the parameters of each (EVE-7B has nine).
+  """
   apply = _block_function(config)
+  # Where each layer's output goes: what nobody asked for, behind the taps.
+  slots = [taps.index(layer) if layer in taps else len(taps)
+           for layer in range(1, config.layers + 1)]
+  kept = jnp.zeros((len(taps) + 1, *x_BTD.shape), x_BTD.dtype) if taps else None
+
   def body(carry, scanned):
-    x_BTD, stacked = carry
-    params, layer = scanned
+    x_BTD, stacked, kept = carry
+    params, layer, slot = scanned
     cache = jax.tree.map(lambda leaf: leaf[layer], stacked)
     x_BTD, cache = apply(params, x_BTD, mask, positions_BT, cache)
     stacked = jax.tree.map(
         lambda leaf, new: leaf.at[layer].set(new), stacked, cache)
-    return (x_BTD, stacked), None
-  depth = jax.tree.leaves(blocks)[0].shape[0]
-  carry, _ = jax.lax.scan(body, (x_BTD, cache), (blocks, jnp.arange(depth)))
-  return carry
+    if taps:
+      kept = jax.lax.dynamic_update_index_in_dim(kept, x_BTD, slot, 0)
+      kept = partition.constrain(kept, None, 'batch', 'length', 'width')
+    return (x_BTD, stacked, kept), None
 
-
-def _cut(blocks, first, last, layers):
-  if (first, last) == (0, layers):
-    return blocks
-  return jax.tree.map(lambda leaf: leaf[first:last], blocks)
-
-
-def _cut_cache(cache, first, last, config):
-  if cache is None or config.unroll:
-    return cache and cache[first:last]
-  return _cut(cache, first, last, config.layers)
-
-
-def _join_caches(caches, config):
-  if config.unroll:
-    return sum(caches, ())
-  if len(caches) == 1:
-    return caches[0]
-  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+  (x_BTD, cache, kept), _ = jax.lax.scan(
+      body, (x_BTD, cache, kept),
+      (blocks, jnp.arange(config.layers), jnp.array(slots)))
+  return x_BTD, cache, {tap: kept[i] for i, tap in enumerate(taps)}
 
 
 NORMS = {'rms': RMSNorm, 'layer': LayerNorm}

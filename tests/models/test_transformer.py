@@ -42,7 +42,8 @@ def _run(config, taps=()):
   def loss(params):
     x, out = transformer.Stack(config).apply(
         {'params': params}, _inputs(), MASK, POSITIONS, taps=taps)
-    return jnp.sum(jnp.sin(x)), (x, out['taps'])
+    taps_sum = sum(jnp.sum(jnp.cos(tap)) for tap in out['taps'].values())
+    return jnp.sum(jnp.sin(x)) + taps_sum, (x, out['taps'])
   (_, result), gradients = loss(_params())
   return result, gradients
 
@@ -201,7 +202,7 @@ def test_cached_decoding_equals_the_full_pass(unroll):
 
   @jax.jit
   def step(x, slots, cache):
-    # A tap cuts the stack, and the cache, in two.
+    # A tap travels beside the cache.
     x, out = stack.apply(
         {'params': _params()}, x,
         attention.Mask(causal=True, query_positions_BT=slots), slots, cache,
