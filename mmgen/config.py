@@ -483,9 +483,9 @@ def build_model(config, vocab=None):
 
 def image_layout(config):
   """Returns how the model turns a picture into slots; None for text alone."""
-  vision = build_model(config, vocab=1).config.vision
+  model = build_model(config, vocab=1).config
   try:
-    return vision and vision.image_layout(tuple(config.image.size))
+    return model.vision and model.image_layout(tuple(config.image.size))
   except ValueError as error:
     raise errors.UserError(f'{config.name}: config.{error}') from error
 

@@ -153,7 +153,8 @@ def check(size, fit, kernel, grid):
     size: `image.size`, pixels (Y, X).
     fit: `image.fit`.
     kernel: `image.kernel`.
-    grid: Cells (rows, cols) of the model's image layout.
+    grid: Cells (rows, cols) of the model's image layout; None if its slots are
+      no cells of a picture.
   """
   for field, value, allowed in (('fit', fit, FITS), ('kernel', kernel,
                                                      KERNELS)):
@@ -166,7 +167,12 @@ def check(size, fit, kernel, grid):
       raise errors.UserError(
           f'image.size is {tuple(size)}; with image.fit {fit!r} both sides '
           'must be equal')
-  elif size[0] % grid[0] or size[1] % grid[1]:
+  elif fit in CELLS and grid is None:
+    raise errors.UserError(
+        f'image.fit is {fit!r}, which leaves cells of padding out; the slots '
+        'of this model are no cells. Allowed: '
+        f'{", ".join(name for name in FITS if name not in CELLS)}')
+  elif grid and (size[0] % grid[0] or size[1] % grid[1]):
     raise errors.UserError(
         f'image.size {tuple(size)} does not divide into the {grid[0]} x '
         f'{grid[1]} cells of the model')
@@ -209,3 +215,5 @@ FITS = {'square': square, 'pad': pad, 'clip': clip, 'open_clip': open_clip,
         'expand': expand, 'fuyu': fuyu}
 # Those that make a square only.
 SQUARES = ('clip', 'open_clip', 'expand')
+# Those that tell cells of picture from cells of padding.
+CELLS = ('pad', 'fuyu')

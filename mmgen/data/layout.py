@@ -70,6 +70,8 @@ class ImageLayout:
     border: The tokens <image> and </image> stand around.
     bos: Whether <bos> stands `first` or `after_image`, behind all pictures that
       a document begins with (Fuyu-8B, released code).
+    whole: Every cell has read the whole picture, as learned queries do, so that
+      none is left out for being padding.
   """
 
   rows: int
@@ -78,6 +80,12 @@ class ImageLayout:
   newline: Literal['none', 'token', 'table'] = 'none'
   border: bool = False
   bos: Literal['first', 'after_image'] = 'first'
+  whole: bool = False
+
+  @property
+  def grid(self) -> tuple[int, int] | None:
+    """Rows and columns of places in a picture; None if cells are no places."""
+    return None if self.whole else (self.rows, self.cols)
 
   @property
   def table_size(self) -> int:
@@ -114,7 +122,7 @@ class ImageLayout:
 
   def cells(self, span: document_lib.Span) -> Box:
     """The cells of an image span that hold any real picture."""
-    if span.valid is None:
+    if span.valid is None or self.whole:
       return self.box
     top, left, height, width = span.valid
     size_y, size_x = span.data.shape[:2]

@@ -168,7 +168,7 @@ def _fit(config, image_layout):
   """How pictures are fitted, as arguments of `image.fit_document`."""
   return image_layout and dict(
       size=tuple(config.image.size), fit=config.image.fit,
-      kernel=config.image.kernel, grid=(image_layout.rows, image_layout.cols))
+      kernel=config.image.kernel, grid=image_layout.grid)
 
 
 def _packer(config, view, tokenizer, image_layout):

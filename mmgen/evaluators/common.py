@@ -100,7 +100,7 @@ def image_settings(context):
   image, cells = context.config.image, context.image_layout
   return dict(
       size=tuple(image.size), fit=image.fit, kernel=image.kernel,
-      grid=cells and (cells.rows, cells.cols),  # None: text alone
+      grid=cells and cells.grid,  # cells is None for text alone
   )
 
 

@@ -47,6 +47,10 @@ class ClipConfig:
       raise ValueError(f'clip.embed is {self.embed}; without vision_projection '
                        f'it must be vision.width, {self.vision.width}.')
 
+  def image_layout(self, image_size):
+    """The cells of the image tower, into which pictures are fitted."""
+    return self.vision.image_layout(image_size)
+
 
 class Clip(nn.Module):
   """Parameters: 'vision', 'text', '{vision,text}_projection', 'logit_scale'."""

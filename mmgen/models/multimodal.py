@@ -4,6 +4,7 @@
   tokens    -> text embedding      -> one embedding a slot
   splice: slot t takes table entry `visual[t]` where that is >= 0
   decoder: causal within each segment of the packed row -> logits
+  visual head, if there is one: what the next slot takes from a table
 
 How a picture becomes slots is decided in `data/layout.py`; this file only
 follows the indices found in the batch. A decoder alone (no vision) is the same
@@ -15,6 +16,7 @@ from typing import Any
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mmgen.models import attention
@@ -23,6 +25,7 @@ from mmgen.models import decoder as decoder_lib
 from mmgen.models import patch_embedding
 from mmgen.models import transformer
 from mmgen.models import vision_encoder
+from mmgen.models import visual_head as visual_head_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +33,14 @@ class MultimodalConfig:
   """Attributes:
     decoder: the text decoder.
     vision: config of a module in `VISION`; None for text only.
-    connector: from vision to decoder; None exactly if vision is.
+    connector: config of a module in `connector.CONNECTORS`, from vision to
+      decoder; None exactly if vision is.
+    visual_head: what a slot predicts of a picture; None for nothing.
   """
   decoder: decoder_lib.DecoderConfig
   vision: Any = None
-  connector: connector_lib.ConnectorConfig | None = None
+  connector: Any = None
+  visual_head: visual_head_lib.VisualHeadConfig | None = None
 
   def __post_init__(self):
     if (self.vision is not None and self.connector.name == 'identity'
@@ -43,10 +49,29 @@ class MultimodalConfig:
           "model.connector.name is 'identity', but model.vision.width is "
           f'{self.vision.width} and model.decoder.width is '
           f"{self.decoder.width}; make them equal or choose 'linear' or 'mlp'.")
+    head = self.visual_head
+    if head is not None:
+      if self.vision is None:
+        raise ValueError('model.visual_head is set, but model.vision is None: '
+                         'there is nothing to predict.')
+      if head.target == 'vision' and not self.connector.by_entry:
+        raise ValueError(
+            "model.visual_head.target is 'vision', but no entry of the table "
+            f'stands for one slot behind {self.connector.name!r}; choose '
+            "'connector'.")
+
+  def image_layout(self, image_size):
+    """How a picture of (rows, columns) pixels becomes slots."""
+    return self.connector.image_layout(self.vision.image_layout(image_size))
+
+  @property
+  def feature_width(self):
+    """Width F of what the visual head predicts."""
+    return getattr(self, self.visual_head.target).width
 
 
 class MultimodalDecoder(nn.Module):
-  """Parameters {'vision', 'connector', 'decoder'}, those that have any.
+  """Parameters {'vision', 'connector', 'decoder', 'visual_head'}, if any.
 
   A batch holds the arrays of one source as `layout.sequence` makes them:
   tokens, segments, positions [B, T]; and, if the source has pictures, visual
@@ -59,7 +84,10 @@ class MultimodalDecoder(nn.Module):
     self.decoder = decoder_lib.Decoder(c.decoder)
     if c.vision is not None:
       self.vision = _part(c.vision).module(c.vision)
-      self.connector = connector_lib.CONNECTORS[c.connector.name](c.connector)
+      self.connector = connector_lib.module(c.connector)
+    if c.visual_head is not None:
+      self.visual_head = visual_head_lib.VISUAL_HEADS[c.visual_head.name](
+          c.visual_head, c.feature_width)
 
   def __call__(self, batch, train=False, taps=()):
     """Predicts the token after every slot.
@@ -71,8 +99,11 @@ class MultimodalDecoder(nn.Module):
 
     Returns:
       (logits_BTV float32, out) with out['input'] the spliced embeddings,
-      out['hidden'] the normed output of the last block, out['taps'], and the
-      vision module's own as 'vision/...'.
+      out['hidden'] the normed output of the last block, out['taps'], and what
+      vision and connector give besides as 'vision/...', 'connector/...'. With a
+      visual head, out['regressed'] [B, T, F] is what each slot predicts the
+      next one to take, and out['features'] [B, I * P, F] what `visual` points
+      to in there; no gradient passes through it.
     """
     del train
     x_BTD, out = self._splice(batch)
@@ -80,6 +111,8 @@ class MultimodalDecoder(nn.Module):
     hidden_BTD, inner = self.decoder(
         x_BTD, mask, batch['positions'], taps=taps)
     out |= dict(input=x_BTD, hidden=hidden_BTD, taps=inner['taps'])
+    if self.config.visual_head is not None:
+      out['regressed'] = self.visual_head(hidden_BTD)
     return self.decoder.logits(hidden_BTD), out
 
   def embed(self, batch):
@@ -98,12 +131,7 @@ class MultimodalDecoder(nn.Module):
       (logits_BV after the last slot of each row, cache). What the padding
       left in the cache is hidden by causality until `extend` overwrites it.
     """
-    x_BTD = self.embed(batch)
-    B, T = x_BTD.shape[:2]
-    slots_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    hidden_BTD, cache = self._cached(x_BTD, slots_BT, cache)
-    last = (lengths_B - 1)[:, None, None]
-    hidden_B1D = jnp.take_along_axis(hidden_BTD, last, axis=1)
+    hidden_B1D, cache = self._read(batch, lengths_B, cache)
     return self.decoder.logits(hidden_B1D)[:, 0], cache
 
   def extend(self, tokens_B1, positions_B, cache):
@@ -115,6 +143,14 @@ class MultimodalDecoder(nn.Module):
     x_B1D = self.decoder.embed(tokens_B1)
     hidden_B1D, cache = self._cached(x_B1D, positions_B[:, None], cache)
     return self.decoder.logits(hidden_B1D)[:, 0], cache
+
+  def _read(self, batch, lengths_B, cache):
+    x_BTD = self.embed(batch)
+    B, T = x_BTD.shape[:2]
+    slots_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    hidden_BTD, cache = self._cached(x_BTD, slots_BT, cache)
+    last = (lengths_B - 1)[:, None, None]
+    return jnp.take_along_axis(hidden_BTD, last, axis=1), cache
 
   def _cached(self, x_BTD, slots_BT, cache):
     mask = attention.Mask(causal=True, query_positions_BT=slots_BT)
@@ -129,14 +165,20 @@ class MultimodalDecoder(nn.Module):
       raise ValueError('model.vision is None, but the batch has images; choose '
                        f'a vision module ({", ".join(VISION)}) or a source '
                        'without pictures.')
-    table_BIPD, out = self.vision(batch['images'], batch['image_box'])
-    table_BIPD = self.connector(table_BIPD)
     # One table for each row: `visual` counts through those of its pictures.
-    table_BPD = table_BIPD.reshape(len(table_BIPD), -1, table_BIPD.shape[-1])
+    by_row = lambda x: x.reshape(len(x), -1, x.shape[-1])
+    seen_BIPD, seen = self.vision(batch['images'], batch['image_box'])
+    table_BIPD, connected = self.connector(seen_BIPD)
+    out = {f'vision/{name}': value for name, value in seen.items()}
+    out |= {f'connector/{name}': value for name, value in connected.items()}
+    table_BPD = by_row(table_BIPD)
+    if self.config.visual_head is not None:
+      target = self.config.visual_head.target
+      out['features'] = jax.lax.stop_gradient(
+          table_BPD if target == 'connector' else by_row(seen_BIPD))
     visual_BT1 = batch['visual'][:, :, None]
     picture_BTD = jnp.take_along_axis(
         table_BPD, jnp.maximum(visual_BT1, 0), axis=1)
-    out = {f'vision/{name}': value for name, value in out.items()}
     return jnp.where(visual_BT1 >= 0, picture_BTD, x_BTD), out
 
 
@@ -177,7 +219,10 @@ def flops(config, length, images, image_size):
     entries = config.vision.image_layout(image_size).table_size
     total += images * (
         _part(config.vision).flops(config.vision, image_size)
-        + entries * connector_lib.flops(config.connector, config.vision.width))
+        + connector_lib.flops(config.connector, config.vision.width, entries))
+  if config.visual_head is not None:
+    total += length * visual_head_lib.flops(
+        config.visual_head, config.decoder.width, config.feature_width)
   return total
 
 
@@ -186,8 +231,9 @@ def build(config, vocab=None):
 
   Args:
     config: with `model.decoder`, `model.vision` (None or {} for text only),
-      `model.connector` and `dtype`. `model.decoder.size` may name a published
-      size, whose fields the others override.
+      `model.connector`, `dtype`, and `model.visual_head` if there is one.
+      `model.decoder.size` may name a published size, whose fields the others
+      override, and `model.vision.size` of the name 'vit' likewise.
     vocab: rows of the text embedding that a tokenizer needs;
       `model.decoder.vocab` may ask for more.
 
@@ -200,18 +246,28 @@ def build(config, vocab=None):
     fields['vocab'] = max(vocab, fields.get('vocab', 0))
   text = (decoder_lib.sized(fields.pop('size'), **fields) if 'size' in fields
           else _make(decoder_lib.DecoderConfig, fields, 'decoder'))
+  head = config.model.get('visual_head') or None
+  if head is not None:
+    head = _make(visual_head_lib.VisualHeadConfig,
+                 dict(head.items()) | shared, 'visual_head')
   if not config.model.get('vision'):
-    return MultimodalDecoder(MultimodalConfig(text))
+    return MultimodalDecoder(MultimodalConfig(text, visual_head=head))
   fields = dict(config.model.vision.items()) | shared
   name = fields.pop('name')
   if name not in VISION:
     raise ValueError(f'model.vision.name: {name!r}; allowed: '
                      f'{", ".join(VISION)}.')
-  vision = _make(VISION[name].config, fields, 'vision')
+  vision = (vision_encoder.sized(fields.pop('size'), **fields)
+            if name == 'vit' and 'size' in fields
+            else _make(VISION[name].config, fields, 'vision'))
   fields = dict(config.model.connector.items()) | shared
-  return MultimodalDecoder(MultimodalConfig(text, vision, _make(
-      connector_lib.ConnectorConfig, fields | dict(width=text.width),
-      'connector')))
+  name = fields['name']
+  if name not in connector_lib.CONNECTORS:
+    raise ValueError(f'model.connector.name: {name!r}; allowed: '
+                     f'{", ".join(connector_lib.CONNECTORS)}.')
+  connector = _make(connector_lib.CONNECTORS[name].config,
+                    fields | dict(width=text.width), 'connector')
+  return MultimodalDecoder(MultimodalConfig(text, vision, connector, head))
 
 
 def _make(kind, fields, where):

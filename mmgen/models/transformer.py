@@ -29,7 +29,7 @@ class StackConfig:
     head_dim: H (default: D / N).
     norm, norm_eps: 'rms' or 'layer'.
     mlp: 'swiglu' (three matrices), or an activation between two matrices:
-      'gelu' (exact), 'gelu_tanh', 'quick_gelu', 'relu2'.
+      'gelu' (exact), 'gelu_tanh', 'quick_gelu', 'relu', 'relu2'.
     placement: of a block's norms: 'pre', x += f(norm(x)), or 'post',
       x += norm(f(x)) (Swin v2, arXiv 2111.09883, section 3.2).
     qkv_bias: True, False, or 'qv': of query and value alone, as a bias of all
@@ -171,6 +171,13 @@ def _clip_init(config):
   out_std = attention_std * (2 * config.layers) ** -0.5
   return dict(attention=attention_std, attention_out=out_std,
               mlp=(2 * config.width) ** -0.5, mlp_out=out_std)
+
+
+def _fan_in_init(config):
+  """1 / sqrt(inputs) of every matrix (T5, arXiv 1910.10683, released code)."""
+  return dict(attention=config.width ** -0.5,
+              attention_out=(config.heads * config.H) ** -0.5,
+              mlp=config.width ** -0.5, mlp_out=config.hidden ** -0.5)
 
 
 class SelfAttention(nn.Module):
@@ -411,7 +418,9 @@ ACTIVATIONS = {
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
     'quick_gelu': quick_gelu,
+    'relu': jax.nn.relu,
     'relu2': relu2,
 }
 # 'eva' as 'llama', but outputs are smaller by depth: see `_init_blocks`.
-INITS = {'llama': _llama_init, 'clip': _clip_init, 'eva': _llama_init}
+INITS = {'llama': _llama_init, 'clip': _clip_init, 'eva': _llama_init,
+         'fan_in': _fan_in_init}

@@ -55,6 +55,9 @@ class VisionEncoderConfig:
     tap: which hidden state makes the table, as an index into (input, block 1,
       ... block L): -1 is the last block's, -2 the one before. None: the last
       one after the final norm.
+    final_norm: a norm after the last block; without it there is no tap None.
+    class_entry: the table begins with the class token.
+    pool: patches along each edge of a cell of the table, which is their mean.
     mean, std: of the pixels in 0..1, by channel.
     remat, unroll, backend, dtype: as in `transformer.StackConfig`.
   """
@@ -80,6 +83,9 @@ class VisionEncoderConfig:
   pre_norm: bool = True
   pooling: str = 'cls'
   tap: int | None = -2
+  final_norm: bool = True
+  class_entry: bool = False
+  pool: int = 1
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
   remat: bool = False
@@ -100,6 +106,15 @@ class VisionEncoderConfig:
     if self.tap is not None and not -self.layers - 1 <= self.tap < 0:
       raise ValueError(f'vision.tap is {self.tap}; allowed: None, or '
                        f'{-self.layers - 1} (the input) to -1 (last block).')
+    if self.tap is None and not self.final_norm:
+      raise ValueError('vision.tap is None, which is after the final norm, but '
+                       'vision.final_norm is False; -1 is the last block.')
+    if self.class_entry and not self.class_token:
+      raise ValueError('vision.class_entry is True, but vision.class_token is '
+                       'False; there is none to enter.')
+    if self.pool < 1 or any(side % self.pool for side in self.grid):
+      raise ValueError(f'vision.pool is {self.pool}; allowed: divisors of the '
+                       f'rows and columns of patches, {self.grid}.')
     if not 0 <= self.patch_dropout < 1:
       raise ValueError(f'vision.patch_dropout is {self.patch_dropout}; '
                        'allowed: from 0 (keep all) to below 1.')
@@ -131,6 +146,7 @@ class VisionEncoderConfig:
         inner_attention_norm=self.inner_attention_norm,
         inner_mlp_norm=self.inner_mlp_norm, layer_scale=self.layer_scale,
         rope='grid', rope_theta=1e4 if self.rope_grid else None,
+        final_norm=self.final_norm,
         init=self.init, remat=self.remat, unroll=self.unroll,
         backend=self.backend, dtype=self.dtype)
 
@@ -144,7 +160,8 @@ class VisionEncoderConfig:
   def image_layout(self, image_size):
     """The slots of the table that `VisionEncoder.__call__` returns."""
     self.check(image_size)
-    return layout.ImageLayout(*self.grid)
+    return layout.ImageLayout(*(side // self.pool for side in self.grid),
+                              class_slot=self.class_entry)
 
   def check(self, image_size):
     """Raises ValueError unless images have the size of the position table."""
@@ -218,8 +235,8 @@ class VisionEncoder(nn.Module):
         it sees picture and leaves it to the layout to skip it.
 
     Returns:
-      (table_BIPD, out); P cells row by row, no class token. `out` has 'taps'
-      and 'hidden', of images [B * I].
+      (table_BIPD, out); P cells row by row, behind the class token if it
+      enters. `out` has 'taps' and 'hidden', of images [B * I].
     """
     del image_box_BI4
     B, I = images_BIYXC.shape[:2]
@@ -228,7 +245,9 @@ class VisionEncoder(nn.Module):
     x_BPD, out = self._tokens(
         images_BIYXC.reshape(B * I, *images_BIYXC.shape[2:]), taps)
     x_BPD = out['taps'][taps[0]] if taps else x_BPD
-    x_BPD = x_BPD[:, int(c.class_token):]
+    cells_BPD = _pooled(x_BPD[:, int(c.class_token):], c)
+    x_BPD = (jnp.concatenate([x_BPD[:, :1], cells_BPD], axis=1)
+             if c.class_entry else cells_BPD)
     return x_BPD.reshape(B, I, *x_BPD.shape[1:]), out
 
   def encode(self, images_BYXC, taps=(), kept_BP=None):
@@ -282,6 +301,15 @@ class VisionEncoder(nn.Module):
     if c.pooling == 'map':
       return MapPooling(c.stack, name='head')(x_BPD), out
     return POOLINGS[c.pooling](x_BPD), out
+
+
+def _pooled(x_BPD, config):
+  """Means over `pool` x `pool` patches, cells row by row."""
+  if config.pool == 1:
+    return x_BPD
+  rows, cols = (side // config.pool for side in config.grid)
+  x = x_BPD.reshape(len(x_BPD), rows, config.pool, cols, config.pool, -1)
+  return jnp.mean(x, axis=(2, 4)).reshape(len(x_BPD), rows * cols, -1)
 
 
 def draw_patches(config, keys_B):

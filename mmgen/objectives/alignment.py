@@ -123,8 +123,7 @@ class Alignment:
       valid_BIR: whether all of them have.
     """
     images = arrays['images'].shape[1]
-    image_layout = self.model.config.vision.image_layout(
-        arrays['images'].shape[2:4])
+    image_layout = self.model.config.image_layout(arrays['images'].shape[2:4])
     slots_BIP = cell_slots(arrays['visual'], images, image_layout)
     rows, cols = self.teacher.config.grid
     grid = (image_layout.rows, image_layout.cols)

@@ -27,8 +27,8 @@ ROWS = ('data', 'fsdp')
 # along an axis that does not divide; a larger one is an error.
 REPLICATED_SIZE = 2**20
 
-# (end of a parameter's name, mesh axes of its last axes). The first match
-# counts; what matches none is replicated if small, an error if large.
+# (end of a parameter's name, mesh axes of its last axes). The first match with
+# so many axes counts; what has none is replicated if small, an error if large.
 RULES = (
     # [D, N, H] and its inverse
     (r'(query|key|value|q|k|v)/kernel', ('fsdp', 'tensor', None)),
@@ -44,7 +44,8 @@ RULES = (
     (r'position_embedding', (None, 'fsdp')),
     # patch projections and whatever else maps to a width
     (r'kernel', (None, 'fsdp')),
-    (r'(scale|bias|(class|split)_embedding|probe|logit_\w+)', ()),
+    (r'(scale|bias|(class|split)_embedding|probe|queries|relative_bias|'
+     r'logit_\w+)', ()),
 )
 
 
@@ -115,10 +116,10 @@ def spec(name: str, shape, axes) -> tuple[P, str | None]:
   Raises:
     UserError: a large array that no rule covers or no axis divides.
   """
-  rule = next((axes_ for end, axes_ in RULES
-               if re.search(rf'(^|/){end}$', name)), None)
+  rule = next((axes_ for end, axes_ in RULES if len(axes_) <= len(shape)
+               and re.search(rf'(^|/){end}$', name)), None)
   small = math.prod(shape) <= REPLICATED_SIZE
-  if rule is None or len(rule) > len(shape):
+  if rule is None:
     if not small:
       raise errors.UserError(
           f'no rule lays out the parameter {name} {list(shape)}: add one to '

@@ -283,7 +283,8 @@ def make(kind, fields):
     raise errors.UserError(f'no such model exists: {error}') from error
 
 
-def build(config, dtype, parts=('vision', 'connector', 'decoder')):
+def build(config, dtype,
+          parts=('vision', 'connector', 'decoder', 'visual_head')):
   """As `Layout.build`, of a `MultimodalConfig`.
 
   Args:
@@ -291,9 +292,9 @@ def build(config, dtype, parts=('vision', 'connector', 'decoder')):
     dtype: of the computation.
     parts: of the model that the layout has; the module has all of them.
   """
-  typed = lambda part: part and dataclasses.replace(part, dtype=dtype)
-  model = multimodal.MultimodalDecoder(multimodal.MultimodalConfig(
-      typed(config.decoder), typed(config.vision), typed(config.connector)))
+  model = multimodal.MultimodalDecoder(dataclasses.replace(config, **{
+      name: dataclasses.replace(part, dtype=dtype)
+      for name, part in vars(config).items() if part is not None}))
   vision = config.vision
   batch = multimodal.example_batch(config, vision and getattr(
       vision, 'image_size', (vision.patch,) * 2))

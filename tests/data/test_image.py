@@ -166,6 +166,18 @@ def test_fit_document_touches_pictures_only():
   assert (fitted.id, fitted.meta) == ('d', {'k': 1})
 
 
+@pytest.mark.parametrize('size, hashes', [
+    ((300, 517), ('9ee9f20487c17475', '0351881c511440df')),
+    ((97, 40), ('8eda9d6ab0a76609', '4df43a1874af4f4e'))])
+def test_emu_stretches(size, hashes):
+  # Emu's `process_img` and Emu2's transform, before they scale the pixels.
+  for edge, wanted in zip((224, 448), hashes):
+    pixels, valid = image.fit_pixels(
+        noise(*size), (edge, edge), 'square', 'bicubic', None)
+    assert sha256(pixels).startswith(wanted)
+    assert valid is None
+
+
 def test_errors_name_the_field():
   with pytest.raises(errors.UserError, match=r"image.fit is 'crop'.*square"):
     image.check((8, 8), 'crop', 'bicubic', (2, 2))
@@ -175,6 +187,10 @@ def test_errors_name_the_field():
     image.check((8, 9), 'pad', 'bicubic', (2, 2))
   with pytest.raises(errors.UserError, match="'expand' both sides must be eq"):
     image.check((8, 12), 'expand', 'bicubic', (2, 2))
+  for fit in image.CELLS:
+    with pytest.raises(errors.UserError, match='Allowed: square, clip, open_c'):
+      image.check((8, 8), fit, 'bicubic', None)
+  image.check((8, 9), 'square', 'bicubic', None)
   # CLIP's convolution leaves out what does not fill a patch.
   image.check((9, 9), 'clip', 'bicubic', (2, 2))
   for wrong in (noise(4, 4).astype(float), noise(4, 4)[..., :1],

@@ -196,7 +196,7 @@ def test_slots_take_the_table_or_the_text_embedding():
   params = _params(config)
   table, _ = patch_embedding.Eve(config.vision).apply(
       {'params': params['vision']}, batch['images'], batch['image_box'])
-  table = connector.Mlp(config.connector).apply(
+  table, _ = connector.Mlp(config.connector).apply(
       {'params': params['connector']}, table)
   P = _layout(config).table_size
   visual = np.asarray(batch['visual'])

@@ -82,8 +82,8 @@ def test_loss_and_gradients_equal_the_reference(name):
   def teacher(variables, images, box):
     return variables['params']['features'][:, None], {}
   objective = alignment.Alignment(
-      Fixed(types.SimpleNamespace(vision=types.SimpleNamespace(
-          image_layout=lambda size: image_layout)), model),
+      Fixed(types.SimpleNamespace(image_layout=lambda size: image_layout),
+            model),
       aligner,
       Fixed(types.SimpleNamespace(
           grid=(teacher_side,) * 2, image_size=(2, 2)), teacher))

@@ -161,7 +161,7 @@ def test_the_projector_alone(tmp_path):
   assert shapes == {
       'connector/up/kernel': (18, 28), 'connector/up/bias': (28,),
       'connector/down/kernel': (28, 28), 'connector/down/bias': (28,)}
-  got = loaded.model.apply({'params': loaded.params['connector']},
+  got, _ = loaded.model.apply({'params': loaded.params['connector']},
                            arrays['tower'])
   assert reference.error(got, arrays['connector']) < 1e-2  # of bfloat16
   names = {'connector/up': 'multi_modal_projector.linear_1',
