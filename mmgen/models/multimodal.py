@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mmgen.models import attention
+from mmgen.models import causal_former
 from mmgen.models import connector as connector_lib
 from mmgen.models import decoder as decoder_lib
 from mmgen.models import patch_embedding
@@ -307,4 +308,35 @@ VISION = {
     'vit': Vision(
         vision_encoder.VisionEncoderConfig, vision_encoder.VisionEncoder,
         lambda config, _: vision_encoder.flops(config, pooled=False)),
+}
+
+
+def _emu(vocab):
+  text = decoder_lib.sized('llama-13b', vocab=vocab)
+  return MultimodalConfig(
+      text, vision_encoder.sized('eva01-g14', tap=-1, final_norm=False,
+                                 class_entry=True),
+      causal_former.CausalFormerConfig(text.width, border=True),
+      visual_head_lib.VisualHeadConfig('linear', 'connector'))
+
+
+def _emu2(vocab, pool):
+  text = decoder_lib.sized('llama-33b', vocab=vocab)
+  return MultimodalConfig(
+      text, vision_encoder.sized('eva02-e14-plus', image_size=(448, 448),
+                                 tap=-1, final_norm=False, pool=pool),
+      connector_lib.ConnectorConfig('linear', text.width, bias=False,
+                                    border=True),
+      visual_head_lib.VisualHeadConfig('linear', 'vision'))
+
+
+# Emu: arXiv 2307.05222; Emu2: arXiv 2312.13286; released code. Emu-I and
+# Emu2-Chat have two words more, [USER] and [ASSISTANT]. Emu2-Chat makes cells
+# of 2 x 2 patches of a picture, but of 4 x 4 of a video's, which is not here.
+SIZES = {
+    'emu': _emu(32004),
+    'emu-i': _emu(32006),
+    'emu2': _emu2(32272, pool=4),
+    'emu2-chat': _emu2(32274, pool=2),
+    'emu2-gen': _emu2(32272, pool=4),
 }

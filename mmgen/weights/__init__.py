@@ -16,6 +16,7 @@ import jax
 from mmgen import errors
 from mmgen.weights import clip
 from mmgen.weights import decoders
+from mmgen.weights import emu
 from mmgen.weights import eva_clip
 from mmgen.weights import files
 from mmgen.weights import fuyu
@@ -24,7 +25,7 @@ from mmgen.weights import llava
 
 # The first that recognises a file has it.
 FAMILIES = {**eva_clip.LAYOUTS, **clip.LAYOUTS, **llava.LAYOUTS,
-            **fuyu.LAYOUTS, **decoders.LAYOUTS}
+            **fuyu.LAYOUTS, **emu.LAYOUTS, **decoders.LAYOUTS}
 
 _BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json')
 # In this order they are looked for beside weights.

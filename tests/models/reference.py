@@ -142,7 +142,8 @@ def persimmon(weights, config, prefix=''):
 
 class Ids:
   """A tokenizer of letters; reserved names have the ids of the references."""
-  names = {'<pad>': 0, '<bos>': 1, '<eos>': 2, '<answer>': 4, '<patch>': 9,
+  names = {'<pad>': 0, '<bos>': 1, '<eos>': 2, '<answer>': 4, '<image>': 5,
+           '</image>': 6, '<patch>': 9,
            '<newline>': 10, '<user>': 11, '<assistant>': 12}
 
   def id(self, name):
