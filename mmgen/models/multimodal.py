@@ -145,6 +145,28 @@ class MultimodalDecoder(nn.Module):
     hidden_B1D, cache = self._cached(x_B1D, positions_B[:, None], cache)
     return self.decoder.logits(hidden_B1D)[:, 0], cache
 
+  def prefill_visual(self, batch, lengths_B, cache):
+    """As `prefill`; returns (features_BF of the next slot, cache)."""
+    hidden_B1D, cache = self._read(batch, lengths_B, cache)
+    return self.visual_head(hidden_B1D)[:, 0], cache
+
+  def extend_visual(self, features_BF, positions_B, cache):
+    """Reads one more entry of a picture, as it was predicted.
+
+    Args:
+      features_BF: of `prefill_visual` or of the call before.
+      positions_B: as for `extend`.
+      cache: likewise.
+
+    Returns:
+      (features_BF of the next slot, cache).
+    """
+    x_B1D = features_BF[:, None]
+    if self.config.visual_head.target == 'vision':
+      x_B1D, _ = self.connector(x_B1D)
+    hidden_B1D, cache = self._cached(x_B1D, positions_B[:, None], cache)
+    return self.visual_head(hidden_B1D)[:, 0], cache
+
   def _read(self, batch, lengths_B, cache):
     x_BTD = self.embed(batch)
     B, T = x_BTD.shape[:2]

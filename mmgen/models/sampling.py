@@ -1,8 +1,9 @@
-"""Draw text from a next-token model: greedy, temperature and top-p.
+"""Draw text, or the features of a picture, from a next-token model.
 
 A prompt is a right-padded row of `layout.prompt`; the decoder reads it once
 (`prefill`) and then extends each row by one token a step, through its cache,
 inside one compiled loop. Rows end on their own; the loop ends with the last.
+Text is greedy, or drawn with temperature and top-p.
 
 Randomness is keyed by example: token i of a row depends on that row's key and
 on i alone, so the company a row keeps in its batch does not change its sample.
@@ -118,6 +119,44 @@ def _generate(
         logits_BV, keys_B, index, temperature, top_p
     )
   return decode(extend, logits_BV, cache, lengths_B, max_tokens, eos, pick)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'count'))
+def generate_features(model, params, batch, lengths_B, count):
+  """Draws a picture: entry after entry, each read before the next.
+
+  Args:
+    model: a `multimodal.MultimodalDecoder` with a visual head.
+    params: its parameters.
+    batch: as in `generate`; each row ends where the first entry is asked for,
+      with the token <image> if the model has borders.
+    lengths_B: i32, filled slots of each row.
+    count: entries of a picture, `ImageLayout.table_size`.
+
+  Returns:
+    [B, count, F], for what turns such features into pixels.
+
+  Raises:
+    ValueError: the model has no visual head.
+  """
+  if model.config.visual_head is None:
+    raise ValueError('model.visual_head is None: nothing was trained to '
+                     'predict the entries of a picture.')
+  rows, length = batch['tokens'].shape
+  cache = multimodal.init_cache(model.config, rows, length + count)
+  variables = {'params': params}
+  first = model.apply(
+      variables, batch, lengths_B, cache, method='prefill_visual')
+
+  def advance(carry, index):
+    features_BF, cache = carry
+    return model.apply(variables, features_BF, lengths_B + index, cache,
+                       method='extend_visual'), features_BF
+
+  (last_BF, _), features_PBF = jax.lax.scan(
+      advance, first, jnp.arange(count - 1))
+  features_PBF = jnp.concatenate([features_PBF, last_BF[None]])
+  return features_PBF.swapaxes(0, 1)
 
 
 def generate(

@@ -3,8 +3,9 @@
 The arrays in tests/golden/emu{,2}_*.npz hold random weights (norms and biases,
 too) under the names of the released files, pictures, and what the code released
 with arXiv 2307.05222 and 2312.13286 (baaivision/Emu) made of them: a forward
-pass of documents padded on the right, `generate` of prompts padded on the left
-(torch 2.13.0, transformers 4.31.0, fp32, CPU).
+pass of documents padded on the right, `generate` of prompts padded on the left,
+and `generate_image`, which has no cache and runs one prompt at a time (torch
+2.13.0, transformers 4.31.0, fp32, CPU).
 """
 
 import dataclasses
@@ -262,6 +263,18 @@ def test_greedy_answers_equal_the_reference(name):
   np.testing.assert_array_equal(tokens, arrays['generated'])
 
 
+@pytest.mark.parametrize('name', ['emu_square', 'emu2_nine'])
+def test_drawn_features_equal_the_reference_which_has_no_cache(name):
+  arrays, _ = golden(name)
+  model, params = build(name)
+  batch, lengths = prompts(name, 'draw', 'draw_images', '<image>')
+  assert len(set(lengths.tolist())) == 2
+  with jax.default_matmul_precision('highest'):
+    features = sampling.generate_features(
+        model, params, batch, lengths, layout_of(name).table_size)
+  close(features, arrays['drawn'])
+
+
 @pytest.mark.parametrize('name', ['emu_oblong', 'emu2_four'])
 def test_flops_are_those_of_the_program(name):
   model, params = build(name)
@@ -394,8 +407,13 @@ def test_choices_that_do_not_exist(name, part, fields, message):
 
 
 def test_a_head_needs_pictures():
+  text = build('emu2_four')[0].config.decoder
   with pytest.raises(ValueError, match='there is nothing to predict'):
     multimodal.build(ml_collections.ConfigDict(dict(
         dtype='float32', model=dict(
             vision=None, decoder=TWO['decoder'],
             visual_head=LINEAR['visual_head']))))
+  plain = multimodal.MultimodalDecoder(multimodal.MultimodalConfig(text))
+  batch = multimodal.example_batch(plain.config, None)
+  with pytest.raises(ValueError, match='model.visual_head is None'):
+    sampling.generate_features(plain, {}, batch, jnp.ones(1, int), 2)
