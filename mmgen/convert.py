@@ -103,13 +103,13 @@ def _run_config(loaded, kind):
     model = parts | dict(name=kind, size='clip-b32')  # overridden, every field
     layout = dict(name='pair', length=config.text.length)
   else:
-    drop = lambda part, *names: {
-        name: x for name, x in parts[part].items() if name not in names}
-    model = dict(name=kind, decoder=drop('decoder', 'dtype'))
+    # The widths that connect parts, and the dtype, follow from the rest.
+    model = dict(name=kind) | {
+        part: {name: x for name, x in fields.items() if name != 'dtype' and
+               (part, name) != ('connector', 'width')}
+        for part, fields in parts.items() if fields is not None}
     if config.vision is not None:
-      model |= dict(
-          vision=drop('vision', 'dtype') | dict(name=multimodal.name(config)),
-          connector=drop('connector', 'width', 'dtype'))
+      model['vision']['name'] = multimodal.name(config)
     layout = dict(name='sequence', length=_LENGTH, rows=1, documents=1,
                   images=1)
   seen = loaded.image or dict(size=(1, 1), fit='square', kernel='bicubic')

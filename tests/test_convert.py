@@ -201,3 +201,20 @@ def test_a_tokenizer_must_be_the_models(llava, tmp_path):
   run(f'--from={llava}', f'--to={to}', '--tokenizer=')
   with pytest.raises(errors.UserError, match='no tokenizer, for its weights'):
     run_folder.open_run(to)
+
+
+def test_a_model_that_predicts_features_comes_back(tmp_path):
+  """Every field of a causal former and of a visual head is kept."""
+  said = {'vision.heads': 3, 'vision.image_size': [10, 15], 'decoder.heads': 5,
+          'decoder.norm_eps': 1e-6, 'decoder.rope_theta': 1e4,
+          'connector.max_distance': 8}
+  with np.load(GOLDEN.parent / 'emu_oblong.npz') as file:
+    published_files.save(tmp_path / 'emu', {
+        name.removeprefix('weights/'): file[name]
+        for name in file if name.startswith('weights/')})
+  run(f'--from={tmp_path / "emu"}', f'--to={tmp_path / "run"}',
+      *(f'--say={field}={json.dumps(value)}' for field, value in said.items()))
+  loaded = weights.load(tmp_path / 'emu', said=said)
+  config, params, _ = convert.from_run(tmp_path / 'run')
+  assert config == loaded.model.config and config.visual_head is not None
+  jax.tree.map(np.testing.assert_array_equal, params, loaded.params)
