@@ -82,9 +82,10 @@ class Decoder(nn.Module):
     return partition.constrain(
         x_BTD.astype(self.config.dtype), 'batch', 'length', 'width')
 
-  def __call__(self, x_BTD, mask, positions_BT, cache=None, taps=()):
+  def __call__(self, x_BTD, mask, positions_BT, cache=None, taps=(),
+               adapters=None):
     """Runs the stack; see `transformer.Stack`. Returns (hidden, out)."""
-    return self.stack(x_BTD, mask, positions_BT, cache, taps)
+    return self.stack(x_BTD, mask, positions_BT, cache, taps, adapters)
 
   def logits(self, hidden_BTD):
     """Returns the logits of hidden states, [B, T, V] in float32."""

@@ -23,6 +23,7 @@ from mmgen.models import attention
 from mmgen.models import causal_former
 from mmgen.models import connector as connector_lib
 from mmgen.models import decoder as decoder_lib
+from mmgen.models import lora as lora_lib
 from mmgen.models import patch_embedding
 from mmgen.models import transformer
 from mmgen.models import vision_encoder
@@ -37,13 +38,17 @@ class MultimodalConfig:
     connector: config of a module in `connector.CONNECTORS`, from vision to
       decoder; None exactly if vision is.
     visual_head: what a slot predicts of a picture; None for nothing.
+    lora: low-rank adapters of the decoder's blocks, or None.
   """
   decoder: decoder_lib.DecoderConfig
   vision: Any = None
   connector: Any = None
   visual_head: visual_head_lib.VisualHeadConfig | None = None
+  lora: lora_lib.LoraConfig | None = None
 
   def __post_init__(self):
+    if self.lora is not None:
+      lora_lib.targets(self.lora, self.decoder.stack)  # raises if there is none
     if (self.vision is not None and self.connector.name == 'identity'
         and self.vision.width != self.decoder.width):
       raise ValueError(
@@ -72,7 +77,10 @@ class MultimodalConfig:
 
 
 class MultimodalDecoder(nn.Module):
-  """Parameters {'vision', 'connector', 'decoder', 'visual_head'}, if any.
+  """Parameters {'vision', 'connector', 'decoder', 'visual_head', 'lora'}.
+
+  Of these it has those that its config asks for, and the connector only if that
+  has any.
 
   A batch holds the arrays of one source as `layout.sequence` makes them:
   tokens, segments, positions [B, T]; and, if the source has pictures, visual
@@ -89,13 +97,16 @@ class MultimodalDecoder(nn.Module):
     if c.visual_head is not None:
       self.visual_head = visual_head_lib.VISUAL_HEADS[c.visual_head.name](
           c.visual_head, c.feature_width)
+    if c.lora is not None:
+      self.lora = self.param('lora', lora_lib.init, c.lora, c.decoder.stack)
 
   def __call__(self, batch, train=False, taps=()):
     """Predicts the token after every slot.
 
     Args:
       batch: arrays of one source.
-      train: accepted for the sake of models that drop out; nothing does here.
+      train: whether to drop out, if adapters do, by the key 'dropout' and
+        batch['row'], the place of each row in the whole batch.
       taps: layers asked for in out['taps'], as in `transformer.Stack`.
 
     Returns:
@@ -106,11 +117,11 @@ class MultimodalDecoder(nn.Module):
       next one to take, and out['features'] [B, I * P, F] what `visual` points
       to in there; no gradient passes through it.
     """
-    del train
     x_BTD, out = self._splice(batch)
     mask = attention.Mask(causal=True, segments_BT=batch['segments'])
     hidden_BTD, inner = self.decoder(
-        x_BTD, mask, batch['positions'], taps=taps)
+        x_BTD, mask, batch['positions'], taps=taps,
+        adapters=self._adapters(batch if train else None))
     out |= dict(input=x_BTD, hidden=hidden_BTD, taps=inner['taps'])
     if self.config.visual_head is not None:
       out['regressed'] = self.visual_head(hidden_BTD)
@@ -177,8 +188,17 @@ class MultimodalDecoder(nn.Module):
 
   def _cached(self, x_BTD, slots_BT, cache):
     mask = attention.Mask(causal=True, query_positions_BT=slots_BT)
-    hidden_BTD, out = self.decoder(x_BTD, mask, slots_BT, cache=cache)
+    hidden_BTD, out = self.decoder(x_BTD, mask, slots_BT, cache=cache,
+                                   adapters=self._adapters())
     return hidden_BTD, out['cache']
+
+  def _adapters(self, batch=None):
+    """Adapters as the stack takes them; they drop out if there is a batch."""
+    lora, keys_B = self.config.lora, None
+    if batch and lora and lora.dropout:
+      keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
+          self.make_rng('dropout'), batch['row'])
+    return lora and lora_lib.adapters(lora, self.lora, keys_B)
 
   def _splice(self, batch):
     x_BTD = self.decoder.embed(batch['tokens'])
@@ -238,6 +258,9 @@ def flops(config, length, images, image_size):
     image_size: pixels (rows, columns).
   """
   total = length * decoder_lib.flops_per_token(config.decoder, length)
+  if config.lora is not None:
+    total += length * lora_lib.flops_per_token(
+        config.lora, config.decoder.stack)
   if config.vision is not None:
     entries = config.vision.image_layout(image_size).table_size
     total += images * (
@@ -254,7 +277,8 @@ def build(config, vocab=None):
 
   Args:
     config: with `model.decoder`, `model.vision` (None or {} for text only),
-      `model.connector`, `dtype`, and `model.visual_head` if there is one.
+      `model.connector`, `dtype`, and `model.visual_head` and `model.lora` if
+      there are any.
       `model.decoder.size` may name a published size, whose fields the others
       override, and `model.vision.size` of the name 'vit' likewise.
     vocab: rows of the text embedding that a tokenizer needs;
@@ -273,8 +297,12 @@ def build(config, vocab=None):
   if head is not None:
     head = _make(visual_head_lib.VisualHeadConfig,
                  dict(head.items()) | shared, 'visual_head')
+  lora = config.model.get('lora') or None
+  if lora is not None:
+    lora = _make(lora_lib.LoraConfig, dict(lora.items()), 'lora')
   if not config.model.get('vision'):
-    return MultimodalDecoder(MultimodalConfig(text, visual_head=head))
+    return MultimodalDecoder(MultimodalConfig(
+        text, visual_head=head, lora=lora))
   fields = dict(config.model.vision.items()) | shared
   name = fields.pop('name')
   if name not in VISION:
@@ -290,7 +318,8 @@ def build(config, vocab=None):
                      f'{", ".join(connector_lib.CONNECTORS)}.')
   connector = _make(connector_lib.CONNECTORS[name].config,
                     fields | dict(width=text.width), 'connector')
-  return MultimodalDecoder(MultimodalConfig(text, vision, connector, head))
+  return MultimodalDecoder(MultimodalConfig(
+      text, vision, connector, head, lora))
 
 
 def _make(kind, fields, where):

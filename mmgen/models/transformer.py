@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mmgen import partition
 from mmgen.models import attention
+from mmgen.models import lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,7 @@ class SelfAttention(nn.Module):
   config: StackConfig
 
   @nn.compact
-  def __call__(self, x_BTD, mask, positions_BT, cache):
+  def __call__(self, x_BTD, mask, positions_BT, cache, adapters=None):
     c = self.config
     std = INITS[c.init](c)
     project = functools.partial(
@@ -194,6 +195,8 @@ class SelfAttention(nn.Module):
     q = project((c.heads, c.H), name='query')(x_BTD)
     k = project((c.K, c.H), use_bias=c.qkv_bias is True, name='key')(x_BTD)
     v = project((c.K, c.H), name='value')(x_BTD)
+    q, k, v = (lora.add(y, x_BTD, adapters, f'attention/{name}')
+               for y, name in ((q, 'query'), (k, 'key'), (v, 'value')))
     if c.query_key_norm:
       norm = functools.partial(NORMS[c.norm], c.norm_eps, c.dtype)
       q, k = norm(name='query_norm')(q), norm(name='key_norm')(k)
@@ -211,11 +214,11 @@ class SelfAttention(nn.Module):
     if c.inner_attention_norm:
       norm = NORMS[c.norm](c.norm_eps, c.dtype, name='norm')
       out = norm(out.reshape(*out.shape[:2], -1)).reshape(out.shape)
-    out = nn.DenseGeneral(
+    change = nn.DenseGeneral(
         c.width, axis=(-2, -1), dtype=c.dtype, use_bias=c.out_bias,
         kernel_init=nn.initializers.normal(std['attention_out']),
         name='out')(out)
-    return out, cache
+    return lora.add(change, out, adapters, 'attention/out'), cache
 
 
 class Mlp(nn.Module):
@@ -223,22 +226,24 @@ class Mlp(nn.Module):
   config: StackConfig
 
   @nn.compact
-  def __call__(self, x_BTD):
+  def __call__(self, x_BTD, adapters=None):
     c = self.config
     std = INITS[c.init](c)
     dense = functools.partial(nn.Dense, dtype=c.dtype, use_bias=c.mlp_bias)
-    widen = functools.partial(
-        dense, c.hidden, kernel_init=nn.initializers.normal(std['mlp']))
-    up = widen(name='up')(x_BTD)
+    widen = lambda name: lora.add(
+        dense(c.hidden, kernel_init=nn.initializers.normal(std['mlp']),
+              name=name)(x_BTD), x_BTD, adapters, f'mlp/{name}')
+    up = widen('up')
     if c.mlp == 'swiglu':
-      h_BTF = jax.nn.silu(widen(name='gate')(x_BTD)) * up
+      h_BTF = jax.nn.silu(widen('gate')) * up
     else:
       h_BTF = ACTIVATIONS[c.mlp](up)
     h_BTF = partition.constrain(h_BTF, 'batch', 'length', 'hidden')
     if c.inner_mlp_norm:
       h_BTF = NORMS[c.norm](c.norm_eps, c.dtype, name='norm')(h_BTF)
-    return dense(c.width, kernel_init=nn.initializers.normal(std['mlp_out']),
-                 name='down')(h_BTF)
+    change = dense(c.width, kernel_init=nn.initializers.normal(std['mlp_out']),
+                   name='down')(h_BTF)
+    return lora.add(change, h_BTF, adapters, 'mlp/down')
 
 
 class Block(nn.Module):
@@ -246,7 +251,7 @@ class Block(nn.Module):
   config: StackConfig
 
   @nn.compact
-  def __call__(self, x_BTD, mask, positions_BT, cache):
+  def __call__(self, x_BTD, mask, positions_BT, cache, adapters=None):
     c = self.config
     norm = lambda name, x: NORMS[c.norm](
         c.norm_eps, c.dtype, name=f'{name}_norm')(x)
@@ -260,9 +265,9 @@ class Block(nn.Module):
         change *= _over_last(scale.astype(c.dtype), change)
       return change
     change, cache = SelfAttention(c, name='attention')(
-        before('attention', x_BTD), mask, positions_BT, cache)
+        before('attention', x_BTD), mask, positions_BT, cache, adapters)
     x_BTD = x_BTD + after('attention', change)
-    change = Mlp(c, name='mlp')(before('mlp', x_BTD))
+    change = Mlp(c, name='mlp')(before('mlp', x_BTD), adapters)
     x_BTD = x_BTD + after('mlp', change)
     return partition.constrain(x_BTD, 'batch', 'length', 'width'), cache
 
@@ -272,7 +277,8 @@ class Stack(nn.Module):
   config: StackConfig
 
   @nn.compact
-  def __call__(self, x_BTD, mask, positions_BT=None, cache=None, taps=()):
+  def __call__(self, x_BTD, mask, positions_BT=None, cache=None, taps=(),
+               adapters=None):
     """Runs all blocks, then the final norm.
 
     Args:
@@ -284,6 +290,7 @@ class Stack(nn.Module):
       cache: from `init_cache`, or from the `out` of an earlier call.
       taps: layers whose output is asked for: 0 is the input, 1 the output of
         the first block, ... (before the final norm).
+      adapters: `lora.Adapters` of all layers, if the blocks have any.
 
     Returns:
       ([B, T, D], out) with out['taps'] = {tap: [B, T, D]}, out['cache'] if a
@@ -301,7 +308,7 @@ class Stack(nn.Module):
     if not all(0 <= tap <= c.layers for tap in taps):
       raise ValueError(f'Stack: taps {taps}; allowed: 0 to {c.layers}.')
 
-    blocks = self.param('blocks', _init_blocks, c)
+    blocks = self.param('blocks', _init_blocks, c), adapters
     x_BTD = x_BTD.astype(c.dtype)
     tapped = {0: x_BTD} if 0 in taps else {}
     run = _run_unrolled if c.unroll else _run_scanned
@@ -361,9 +368,10 @@ def _init_blocks(rng, config):
 
 
 def _block_function(config):
-  def apply(params, x_BTD, mask, positions_BT, cache):
+  def apply(block, x_BTD, mask, positions_BT, cache):
+    params, adapters = block
     return Block(config, parent=None).apply(
-        {'params': params}, x_BTD, mask, positions_BT, cache)
+        {'params': params}, x_BTD, mask, positions_BT, cache, adapters)
   if config.remat:
     # Inside a scan XLA cannot merge the two passes, so it need not be fenced.
     apply = jax.checkpoint(apply, prevent_cse=config.unroll)
@@ -374,8 +382,8 @@ def _run_unrolled(config, blocks, x_BTD, mask, positions_BT, caches, taps):
   apply = _block_function(config)
   written, tapped = [], {}
   for layer in range(config.layers):
-    params = jax.tree.map(operator.itemgetter(layer), blocks)
-    x_BTD, cache = apply(params, x_BTD, mask, positions_BT,
+    block = jax.tree.map(operator.itemgetter(layer), blocks)
+    x_BTD, cache = apply(block, x_BTD, mask, positions_BT,
                          caches[layer] if caches else None)
     written.append(cache)
     if layer + 1 in taps:
@@ -397,9 +405,9 @@ def _run_scanned(config, blocks, x_BTD, mask, positions_BT, cache, taps):
 
   def body(carry, scanned):
     x_BTD, stacked, kept = carry
-    params, layer, slot = scanned
+    block, layer, slot = scanned
     cache = jax.tree.map(lambda leaf: leaf[layer], stacked)
-    x_BTD, cache = apply(params, x_BTD, mask, positions_BT, cache)
+    x_BTD, cache = apply(block, x_BTD, mask, positions_BT, cache)
     stacked = jax.tree.map(
         lambda leaf, new: leaf.at[layer].set(new), stacked, cache)
     if taps:

@@ -82,14 +82,15 @@ class Alignment:
 
   def __call__(self, params, frozen, state, batch, rng, step):
     """See the step contract."""
-    del rng, step  # nothing is drawn
+    del step  # `rng` is of this step
     variables = {'params': common.merge(params, frozen)}
     c = self.aligner.config
     totals = dict.fromkeys(self.names, jnp.float32(0))
-    for arrays in batch.values():
+    for source, arrays in batch.items():
       seen = 'images' in arrays
       logits_BTV, out = self.model.apply(
-          variables, arrays, train=True, taps=c.taps[1:] if seen else ())
+          variables, arrays, train=True, taps=c.taps[1:] if seen else (),
+          rngs=common.rngs(rng, source))
       totals['next_token'] += jnp.sum(arrays['weights'] * (
           next_token.cross_entropy(logits_BTV, arrays['targets'])))
       if seen:

@@ -11,6 +11,17 @@ def purpose_key(rng, purpose: str):
   return jax.random.fold_in(rng, zlib.crc32(purpose.encode()))
 
 
+def rngs(rng, source: str):
+  """Returns the keys that a model is applied with to a source.
+
+  Args:
+    rng: the key of the step; None where nothing is drawn.
+    source: name of the source.
+  """
+  return {} if rng is None else {
+      'dropout': purpose_key(rng, f'dropout/{source}')}
+
+
 def merge(params, frozen):
   """Joins trained and frozen parameters into one tree, sharing the leaves.
 

@@ -36,11 +36,13 @@ class NextToken:
       ({'next_token': (sum, weight)}, (state, aux)); aux has (sum, weight) of
       'accuracy' and of the loss of each source, 'next_token/<source>'.
     """
-    del rng, step  # nothing is drawn
+    del step  # `rng` is of this step
     variables = {'params': common.merge(params, frozen)}
     total, correct, aux = 0.0, 0.0, {}
     for source, arrays in batch.items():
-      logits_BTV, _ = self.model.apply(variables, arrays, train=True)
+      logits_BTV, _ = self.model.apply(
+          variables, arrays, train=True,
+          rngs=common.rngs(rng, source))
       weights_BT = arrays['weights']
       loss = jnp.sum(weights_BT * cross_entropy(logits_BTV, arrays['targets']))
       hits_BT = jnp.argmax(logits_BTV, axis=-1) == arrays['targets']

@@ -42,6 +42,9 @@ RULES = (
     (r'embedding', ('tensor', 'fsdp')),
     (r'(head|unembed)/kernel', ('fsdp', 'tensor')),
     (r'position_embedding', (None, 'fsdp')),
+    # low-rank adapters: [inputs, rank] and [rank, outputs]
+    (r'lora/.*/a', ('fsdp', None)),
+    (r'lora/.*/b', (None, 'fsdp')),
     # patch projections and whatever else maps to a width
     (r'kernel', (None, 'fsdp')),
     (r'(scale|bias|(class|split)_embedding|probe|queries|relative_bias|'

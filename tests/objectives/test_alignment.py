@@ -75,7 +75,7 @@ def test_loss_and_gradients_equal_the_reference(name):
   aligner = aligner_lib.PatchAligner(aligner_lib.PatchAlignerConfig(
       layers, D, golden['teacher'].shape[-1]))
 
-  def model(variables, arrays, train, taps):
+  def model(variables, arrays, train, taps, rngs):
     hidden = variables['params']['hidden']
     return jnp.zeros((B, T, 3)), dict(
         hidden=hidden[:, :, layers], taps={l: hidden[:, :, l] for l in taps})
