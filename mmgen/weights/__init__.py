@@ -22,12 +22,14 @@ from mmgen.weights import files
 from mmgen.weights import fuyu
 from mmgen.weights import layout as layout_lib
 from mmgen.weights import llava
+from mmgen.weights import lora
 
 # The first that recognises a file has it.
 FAMILIES = {**eva_clip.LAYOUTS, **clip.LAYOUTS, **llava.LAYOUTS,
-            **fuyu.LAYOUTS, **emu.LAYOUTS, **decoders.LAYOUTS}
+            **fuyu.LAYOUTS, **emu.LAYOUTS, **decoders.LAYOUTS, **lora.LAYOUTS}
 
-_BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json')
+_BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json',
+           lora.CONFIG)
 # In this order they are looked for beside weights.
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'spiece.model')
 

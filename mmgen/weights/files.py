@@ -1,4 +1,4 @@
-"""Files of published weights: opened without copying, written as safetensors.
+"""Files of published weights: opened without copying, and written.
 
 `open` tells from its contents what a file is, and returns the place of every
 tensor in it. Nothing but headers is read before a tensor's `array` is asked
@@ -34,7 +34,7 @@ from mmgen.weights import pickles
 _MOST_HEADER = 100_000_000
 # In a folder, the first of these that it has is its weights.
 _CHOICE = ('*.safetensors.index.json', '*.safetensors', '*.bin.index.json',
-           '*.bin', '*.pt', '*.pth', '*.npz')
+           'adapter_model.bin', '*.bin', '*.pt', '*.pth', '*.npz')
 _DTYPES = {
     'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
     'BF16': ml_dtypes.bfloat16, 'F8_E4M3': ml_dtypes.float8_e4m3fn,
@@ -293,11 +293,12 @@ def _npy(path, archive, name, start, size):
 
 
 def write(path, tensors, metadata=None, max_shard_bytes=5 * 10**9):
-  """Writes safetensors.
+  """Writes safetensors, or a file for PyTorch.
 
   Args:
-    path: ends in .safetensors for one file, else a folder, which takes shards
-      and an index as Hugging Face names them.
+    path: ends in .safetensors for one file, in .bin for one that `torch.load`
+      reads, else a folder, which takes shards of safetensors and an index as
+      Hugging Face names them.
     tensors: {name: array}, or an iterator of such pairs, of which no more than
       a shard is held at once.
     metadata: {str: str} for the header; transformers asks for {'format': 'pt'}.
@@ -309,9 +310,12 @@ def write(path, tensors, metadata=None, max_shard_bytes=5 * 10**9):
   path = pathlib.Path(path)
   pairs = tensors.items() if hasattr(tensors, 'items') else tensors
   try:
-    if path.suffix == '.safetensors':
+    if path.suffix in ('.safetensors', '.bin'):
       path.parent.mkdir(parents=True, exist_ok=True)
-      _write_file(path, dict(pairs), metadata)
+      if path.suffix == '.bin':
+        _write_zip(path, dict(pairs))
+      else:
+        _write_file(path, dict(pairs), metadata)
     else:
       path.mkdir(parents=True, exist_ok=True)
       old = sorted(path.glob('*.safetensors*'))
@@ -370,4 +374,16 @@ def _write_file(path, tensors, metadata):
     for name in names:
       array = np.ascontiguousarray(tensors[name])
       file.write(array.reshape(-1).view(np.uint8).data)
+  draft.replace(path)
+
+
+def _write_zip(path, tensors):
+  """Writes one file of PyTorch whole or not at all."""
+  draft = path.with_name(f'{path.name}.draft')
+  with zipfile.ZipFile(draft, 'w') as archive:  # stored, not compressed
+    archive.writestr('archive/data.pkl', pickles.spell(tensors))
+    archive.writestr('archive/byteorder', 'little')
+    for i, array in enumerate(tensors.values()):
+      archive.writestr(f'archive/data/{i}', np.asarray(array).tobytes())
+    archive.writestr('archive/version', '3\n')
   draft.replace(path)

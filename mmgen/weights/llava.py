@@ -3,6 +3,8 @@
   llava            the authors' own, without the image tower: a CLIP as it was
   llava_tower      the same, with it
   llava_projector  the authors' mm_projector.bin of stage 1: the connector alone
+  llava_trainables  their non_lora_trainables.bin: the same, trained beside
+                    low-rank adapters (see `lora`)
   hf_llava         transformers' files
   hf_llava_new     the same, as transformers has them in memory since 4.52
 
@@ -214,15 +216,15 @@ class ProjectorConfig:
   inputs: int
 
 
-def _recognise_projector(tensors, beside, said):
+def _recognise_projector(tensors, beside, said, names):
   """The `ProjectorConfig`, or None; shapes tell all of it."""
   del beside
-  if f'{_OWN.up}.weight' not in tensors or any(
-      not name.startswith('model.mm_projector.') for name in tensors):
+  if f'{names.up}.weight' not in tensors or any(
+      not name.startswith(names.up.removesuffix('0')) for name in tensors):
     return None
   decoders.settle({}, said, {})
-  return ProjectorConfig(_connector(tensors, _OWN), decoders.shape(
-      tensors, f'{_OWN.up}.weight')[1])
+  return ProjectorConfig(_connector(tensors, names), decoders.shape(
+      tensors, f'{names.up}.weight')[1])
 
 
 def _build_projector(config, dtype):
@@ -254,6 +256,9 @@ _SAYABLE = {
 }
 _OWN = _Names(decoders.PLAIN, 'model.mm_projector.0', 'model.mm_projector.2',
               None, own=True)
+_TRAINABLES = dataclasses.replace(
+    _OWN, up=f'base_model.model.{_OWN.up}',
+    down=f'base_model.model.{_OWN.down}')
 _PROJECTOR = 'multi_modal_projector.linear_'
 
 
@@ -266,14 +271,19 @@ def _layout(names):
       ignored=(*decoders.BUFFERS, r'.*\.position_ids'), style='vicuna_v1')
 
 
+def _projector_layout(names):
+  return layout.Layout(
+      recognise=functools.partial(_recognise_projector, names=names),
+      build=_build_projector, rules=lambda config: _connector_rules(names),
+      image=lambda config, beside: {})
+
+
 LAYOUTS = {
     'llava': _layout(_OWN),
     'llava_tower': _layout(dataclasses.replace(
         _OWN, tower='model.vision_tower.vision_tower.')),
-    'llava_projector': layout.Layout(
-        recognise=_recognise_projector, build=_build_projector,
-        rules=lambda config: _connector_rules(_OWN),
-        image=lambda config, beside: {}),
+    'llava_projector': _projector_layout(_OWN),
+    'llava_trainables': _projector_layout(_TRAINABLES),
     'hf_llava': _layout(_Names(
         decoders.WITHIN, f'{_PROJECTOR}1', f'{_PROJECTOR}2', 'vision_tower.')),
     'hf_llava_new': _layout(_Names(

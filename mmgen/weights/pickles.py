@@ -12,7 +12,9 @@ other name or instruction is refused before anything comes of it.
 """
 
 import dataclasses
+import math
 import pickletools
+import struct
 from typing import Any
 
 import ml_dtypes
@@ -113,6 +115,35 @@ def _leaves(tree, prefix, seen):
       yield f'{prefix}{key}', value
     else:
       yield from _leaves(value, f'{prefix}{key}.', seen)
+
+
+def spell(tensors):
+  """Returns the pickle of a state dict, as `torch.save` would spell it.
+
+  Args:
+    tensors: {name: what has a shape and a dtype}. The storage '0' is that of
+      the first, '1' that of the second, ...; each holds its tensor in C order.
+  """
+  kinds = {np.dtype(dtype): kind for kind, dtype in _STORAGES.items()}
+  number = lambda n: b'\x8a\x08' + struct.pack('<q', n)  # LONG1
+  group = lambda *items: b'(' + b''.join(items) + b't'  # MARK, TUPLE
+  name = lambda module, word: f'c{module}\n{word}\n'.encode()  # GLOBAL
+  def text(word):  # BINUNICODE
+    return b'X' + struct.pack('<I', len(word.encode())) + word.encode()
+
+  def tensor(key, x):
+    strides = [math.prod(x.shape[i + 1:]) for i in range(len(x.shape))]
+    storage = group(
+        text('storage'), name('torch', f'{kinds[np.dtype(x.dtype)]}Storage'),
+        text(str(key)), text('cpu'), number(math.prod(x.shape)))
+    return name('torch._utils', '_rebuild_tensor_v2') + group(
+        storage + b'Q', number(0), group(*map(number, x.shape)),
+        group(*map(number, strides)), b'\x89',
+        name('collections', 'OrderedDict') + b')R') + b'R'
+
+  items = [text(key) + tensor(i, x) for i, (key, x) in enumerate(
+      tensors.items())]
+  return b'\x80\x02}(' + b''.join(items) + b'u.'
 
 
 # ---------------------------------------------------------------------------

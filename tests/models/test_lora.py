@@ -10,16 +10,15 @@ loss, under the names of the adapters.
 
 import dataclasses
 import functools
-import json
 
 import flax.errors
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import reference
+import tiny_lora
 
 from mmgen.models import lora
 from mmgen.models import multimodal
@@ -27,70 +26,24 @@ from mmgen.models import transformer
 from mmgen.objectives import next_token
 from mmgen.weights import files
 
-THEIRS = {'attention/query': 'self_attn.q_proj',
-          'attention/key': 'self_attn.k_proj',
-          'attention/value': 'self_attn.v_proj',
-          'attention/out': 'self_attn.o_proj', 'mlp/gate': 'mlp.gate_proj',
-          'mlp/up': 'mlp.up_proj', 'mlp/down': 'mlp.down_proj'}
-PATTERNS = {'heads': '^attention/', 'all': ''}
-DECODER = dict(vocab=53, layers=3, width=36, heads=9, kv_heads=3, hidden=52)
-
-
-def build(options=None, **decoder):
-  """The model of llama_tiny, with adapters if there are options."""
-  config = ml_collections.ConfigDict(dict(
-      dtype='float32', model=dict(vision={}, decoder=DECODER | decoder)))
-  if options:
-    config.model.lora = options
-  return multimodal.build(config)
-
-
-def options(name):
-  own = json.loads((reference.GOLDEN / 'weights' / f'peft_{name}'
-                    / 'adapter_config.json').read_text())
-  return dict(rank=own['r'], alpha=own['lora_alpha'],
-              dropout=own['lora_dropout'], pattern=PATTERNS[name])
-
-
-def ours(tensors, names):
-  """Adapters, or their gradients, as our parameters."""
-  flat = {}
-  for name in names:
-    for side in 'ab':
-      layers = [np.asarray(tensors[
-          f'base_model.model.model.layers.{i}.{THEIRS[name]}.lora_'
-          f'{side.upper()}.weight']).T for i in range(DECODER['layers'])]
-      flat[f'blocks/{name}/{side}'] = np.stack(layers)
-  return {'lora': flax.traverse_util.unflatten_dict(flat, sep='/')}
-
-
-def batch(tokens):
-  B, T = tokens.shape
-  return jax.tree.map(jnp.asarray, dict(
-      tokens=tokens, segments=np.ones((B, T), np.int32),
-      positions=np.tile(np.arange(T), (B, 1)),
-      targets=np.roll(tokens, -1, axis=1),
-      weights=np.tile(np.arange(T) < T - 1, (B, 1)).astype(np.float32),
-      row=np.arange(B)))
-
 
 @functools.cache
 def base_params():
   return {'decoder': jax.tree.map(jnp.asarray, reference.llama(
-      reference.load('llama_tiny')[1], build().config.decoder))}
+      reference.load('llama_tiny')[1], tiny_lora.build().config.decoder))}
 
 
 @pytest.mark.parametrize('name, unroll', [('heads', False), ('all', True)])
 def test_outputs_and_gradients_equal_the_reference(name, unroll):
   arrays, _ = reference.load('lora_llama')
-  model = build(options(name), unroll=unroll)
+  model = tiny_lora.build(tiny_lora.options(name), unroll=unroll)
   c = model.config
   assert (c.lora.rank, c.lora.alpha) == {'heads': (16, 16), 'all': (5, 7)}[name]
   names = lora.targets(c.lora, c.decoder.stack)
   assert len(names) == {'heads': 4, 'all': 7}[name]
-  adapters = jax.tree.map(jnp.asarray, ours(files.open(
+  given = jax.tree.map(jnp.asarray, tiny_lora.ours(files.open(
       reference.GOLDEN / 'weights' / f'peft_{name}'), names))
-  inputs = batch(arrays['tokens'])
+  inputs = tiny_lora.batch(arrays['tokens'])
   # Its dropout is off without a key, and in evaluation.
   plain = dataclasses.replace(c, lora=dataclasses.replace(c.lora, dropout=0.0))
   objective = next_token.NextToken(multimodal.MultimodalDecoder(plain))
@@ -102,17 +55,17 @@ def test_outputs_and_gradients_equal_the_reference(name, unroll):
       return sums['next_token'][0] / sums['next_token'][1]
     logits, _ = model.apply({'params': params | adapters}, inputs)
     # Without dropout the merged model is the same.
-    merged = build(unroll=unroll).apply(
+    merged = tiny_lora.build(unroll=unroll).apply(
         {'params': lora.merge(params | adapters, c.lora)}, inputs)[0]
     return logits, merged, *jax.value_and_grad(loss)(adapters)
 
   with jax.default_matmul_precision('highest'):
-    logits, merged, loss, gradients = run(adapters, base_params())
+    logits, merged, loss, gradients = run(given, base_params())
   assert reference.error(logits, arrays[f'{name}/logits']) < 1e-5
   assert reference.error(merged, logits) < 1e-5
   np.testing.assert_allclose(loss, arrays[f'{name}/loss'], rtol=1e-6)
-  wanted = ours({key.removeprefix(f'{name}/gradient/'): x
-                 for key, x in arrays.items()}, names)
+  wanted = tiny_lora.ours({key.removeprefix(f'{name}/gradient/'): x
+                           for key, x in arrays.items()}, names)
   assert jax.tree.structure(gradients) == jax.tree.structure(wanted)
   for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(gradients),
                                jax.tree.leaves(wanted)):
@@ -120,8 +73,8 @@ def test_outputs_and_gradients_equal_the_reference(name, unroll):
 
 
 def test_begins_as_the_model_that_it_adapts():
-  model, base = build(options('all')), build()
-  inputs = batch(reference.load('lora_llama')[0]['tokens'])
+  model, base = tiny_lora.build(tiny_lora.options('all')), tiny_lora.build()
+  inputs = tiny_lora.batch(reference.load('lora_llama')[0]['tokens'])
 
   @jax.jit
   def run(key):
@@ -191,8 +144,8 @@ def test_dropout_is_of_what_an_adapter_reads():
 
 
 def test_dropout_is_drawn_in_training_alone():
-  model = build(options('heads'))
-  inputs = batch(reference.load('lora_llama')[0]['tokens'])
+  model = tiny_lora.build(tiny_lora.options('heads'))
+  inputs = tiny_lora.batch(reference.load('lora_llama')[0]['tokens'])
   params = base_params() | {'lora': jax.tree.map(
       lambda x: jnp.full(x.shape, 0.1), jax.eval_shape(
           model.init, jax.random.key(0), inputs)['params']['lora'])}
@@ -232,12 +185,12 @@ def test_dropout_is_drawn_in_training_alone():
 ])
 def test_what_is_wrong_is_named(fields, message):
   with pytest.raises(ValueError, match=message):
-    build(dict(rank=2, alpha=4) | fields)
+    tiny_lora.build(dict(rank=2, alpha=4) | fields)
 
 
 def test_names_of_projections_are_those_of_the_parameters():
   for mlp in ('swiglu', 'gelu'):
-    stack = dataclasses.replace(build().config.decoder.stack, mlp=mlp)
+    stack = dataclasses.replace(tiny_lora.build().config.decoder.stack, mlp=mlp)
     blocks = jax.eval_shape(functools.partial(
         transformer._init_blocks, config=stack), jax.random.key(0))
     kernels = {
@@ -249,6 +202,8 @@ def test_names_of_projections_are_those_of_the_parameters():
 
 
 def test_flops_by_hand():
-  forward = lambda *lo: multimodal.flops(build(*lo).config, 7, 0, None)
-  heads = 36 + 36 + 2 * (36 + 12) + 36 + 36
-  assert forward(options('heads')) - forward() == 7 * 2 * 3 * 16 * heads
+  forward = lambda *options: multimodal.flops(
+      tiny_lora.build(*options).config, 7, 0, None)
+  sizes = 36 + 36 + 2 * (36 + 12) + 36 + 36
+  added = forward(tiny_lora.options('heads')) - forward()
+  assert added == 7 * 2 * 3 * 16 * sizes

@@ -1,0 +1,235 @@
+"""Adapters from files as PEFT and LLaVA's authors write them, and back.
+
+What PEFT 0.21.2 stored (see tests/models/test_lora.py) comes out of export as
+the same bytes. In tests/golden/weights/peft_llava torch 2.13.0 stored, in
+bfloat16 and under the names of the authors' code, the adapters and the
+connector at the end of the run in tests/golden/lora_llava.npz.
+"""
+
+import json
+import shutil
+
+import flax.traverse_util
+import jax
+import ml_dtypes
+import numpy as np
+import published_files
+import pytest
+import reference
+import tiny_lora
+
+from mmgen import errors
+from mmgen import weights
+from mmgen.models import multimodal
+from mmgen.weights import files
+from mmgen.weights import lora
+
+FOLDER = reference.GOLDEN / 'weights'
+LLAMA = dict(model_type='llama', num_attention_heads=9, rms_norm_eps=1e-5)
+# As PEFT wrote it when LLaVA-1.5 was published.
+LLAVA = dict(
+    base_model_name_or_path='lmsys/vicuna-7b-v1.5', bias='none',
+    fan_in_fan_out=False, inference_mode=True, init_lora_weights=True,
+    layers_pattern=None, layers_to_transform=None, lora_alpha=10,
+    lora_dropout=0.05, modules_to_save=None, peft_type='LORA', r=5,
+    revision=None, task_type='CAUSAL_LM', target_modules=[
+        'down_proj', 'o_proj', 'v_proj', 'q_proj', 'gate_proj', 'up_proj',
+        'k_proj'])
+
+
+def bits(path):
+  return {name: (tensor.dtype, tensor.shape, tensor.array().tobytes())
+          for name, tensor in files.open(path).items()}
+
+
+def base(folder):
+  return weights.load(published_files.save(
+      folder, reference.load('llama_tiny')[1], LLAMA))
+
+
+def llava(folder):
+  """The authors' folder of adapters, with its two other files."""
+  shutil.copytree(FOLDER / 'peft_llava', folder)
+  (folder / lora.CONFIG).write_text(json.dumps(LLAVA))
+  return folder
+
+
+@pytest.mark.parametrize('name', ['heads', 'all'])
+def test_adapters_of_peft_give_its_outputs(name, tmp_path):
+  arrays, _ = reference.load('lora_llama')
+  loaded = weights.load(FOLDER / f'peft_{name}')
+  assert loaded.layout == 'peft' and len(loaded.report) == 2 * len(
+      loaded.model.config.sizes)
+  both = lora.attach(base(tmp_path / 'base'), loaded)
+  assert both.layout == 'llama'
+  want = tiny_lora.options(name)
+  got = both.model.config.lora
+  assert (got.rank, got.alpha, got.dropout) == (
+      want['rank'], want['alpha'], want['dropout'])
+  merged = lora.merge(both)
+  assert merged.model.config == base(tmp_path / 'again').model.config
+  batch = tiny_lora.batch(arrays['tokens'])
+  with jax.default_matmul_precision('highest'):
+    for one in (both, merged):
+      logits, _ = jax.jit(one.model.apply)({'params': one.params}, batch)
+      assert reference.error(logits, arrays[f'{name}/logits']) < 1e-5
+  # The merged model is stored as any other.
+  tensors = dict(weights.export(
+      merged.layout, merged.model.config, merged.params, merged.dtypes))
+  assert tensors.keys() == reference.load('llama_tiny')[1].keys()
+  with pytest.raises(errors.UserError, match='cannot hold this.*lora/blocks/'):
+    weights.export(both.layout, both.model.config, both.params, 'float32')
+
+
+@pytest.mark.parametrize('name', ['heads', 'all'])
+def test_export_after_import_is_identical(name, tmp_path):
+  loaded = weights.load(FOLDER / f'peft_{name}')
+  lora.export(tmp_path / 'out', loaded.model.config, loaded.params,
+              loaded.dtypes, loaded.beside[lora.CONFIG])
+  assert json.loads((tmp_path / 'out' / lora.CONFIG).read_text()) == (
+      loaded.beside[lora.CONFIG])
+  assert (tmp_path / 'out' / 'adapter_model.safetensors').read_bytes() == (
+      FOLDER / f'peft_{name}' / 'adapter_model.safetensors').read_bytes()
+  with pytest.raises(errors.UserError, match='out has files already'):
+    lora.export(tmp_path / 'out', loaded.model.config, loaded.params)
+
+
+@pytest.mark.parametrize('family, before, infix, targets', [
+    ('llama', 'model.layers.', '',
+     ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj',
+      'v_proj']),
+    ('hf_llava', 'language_model.model.layers.', '.default', None),
+    ('hf_llava_new', 'model.language_model.layers.', '.mine', None),
+])
+def test_names_of_other_decoders(family, before, infix, targets, tmp_path):
+  model = tiny_lora.build(tiny_lora.options('all'))
+  params = model.init(jax.random.key(0), multimodal.example_batch(
+      model.config, None))['params']
+  described = lora.describe(model.config, family)
+  lora.export(tmp_path / 'out', described, params, ml_dtypes.bfloat16)
+  tensors = files.open(tmp_path / 'out')
+  assert f'base_model.model.{before}2.mlp.up_proj.lora_B.weight' in tensors
+  own = json.loads((tmp_path / 'out' / lora.CONFIG).read_text())
+  if targets is None:
+    assert own['target_modules'].startswith(
+        before.replace('.', r'\.') + r'\d+\.(self_attn\.q_proj|')
+    # As a model in memory has them: with the name of the set of adapters.
+    renamed = {name.replace('.weight', f'{infix}.weight'): x
+               for name, x in tensors.items()}
+    files.write(tmp_path / 'out' / 'adapter_model.safetensors', renamed)
+  else:
+    assert own['target_modules'] == targets
+  loaded = weights.load(tmp_path / 'out')
+  assert loaded.model.config.infix == infix
+  jax.tree.map(
+      lambda got, want: np.testing.assert_array_equal(
+          got, want.astype(ml_dtypes.bfloat16)),
+      loaded.params, {'lora': jax.tree.map(np.asarray, params['lora'])})
+  with pytest.raises(errors.UserError, match="'hf_fuyu' are not known; known"):
+    lora.describe(model.config, 'hf_fuyu')
+
+
+def test_adapters_and_connector_of_llava(tmp_path):
+  """Both files of a folder; each tensor is where the golden run has it."""
+  folder = llava(tmp_path / 'in')
+  adapters = weights.load(folder)
+  connector = weights.load(folder / 'non_lora_trainables.bin')
+  assert (adapters.layout, connector.layout) == ('peft', 'llava_trainables')
+  assert adapters.model.config.lora.alpha == 10
+  final = {name.removeprefix('final/'): x
+           for name, x in reference.load('lora_llava')[0].items()}
+  close = lambda got, name: np.testing.assert_allclose(
+      got, final[f'base_model.model.{name}'].T, rtol=2 ** -8)
+  blocks = flax.traverse_util.flatten_dict(
+      adapters.params['lora']['blocks'], sep='/')
+  assert len(blocks) == 14
+  for ours, theirs in tiny_lora.THEIRS.items():
+    for side in 'ab':
+      for i, layer in enumerate(blocks[f'{ours}/{side}']):
+        close(layer, f'language_model.model.layers.{i}.{theirs}.lora_'
+              f'{side.upper()}.weight')
+  for i, part in enumerate(('up', 'down'), 1):
+    leaves = connector.params['connector'][part]
+    close(leaves['kernel'], f'multi_modal_projector.linear_{i}.weight')
+    close(leaves['bias'], f'multi_modal_projector.linear_{i}.bias')
+  for loaded, file in ((adapters, 'adapter_model.bin'),
+                       (connector, 'non_lora_trainables.bin')):
+    files.write(tmp_path / 'out' / file, weights.export(
+        loaded.layout, loaded.model.config, loaded.params, loaded.dtypes))
+    assert bits(tmp_path / 'out' / file) == bits(folder / file)
+
+
+# ---------------------------------------------------------------------------
+# What does not fit
+
+
+def test_all_that_is_wrong_with_a_file_is_one_error(tmp_path):
+  tensors = dict(files.open(FOLDER / 'peft_all'))
+  name = 'base_model.model.model.layers.{}.{}.lora_{}.weight'.format
+  tensors[name(1, 'mlp.up_proj', 'A')] = np.zeros((4, 36), np.float32)
+  del tensors[name(2, 'self_attn.q_proj', 'B')]
+  tensors['base_model.model.lm_head.lora_A.weight'] = np.zeros((5, 36), 'f4')
+  tensors = {key: x for key, x in tensors.items() if 'down_proj' not in key}
+  files.write(tmp_path / 'adapter_model.safetensors', tensors)
+  shutil.copy(FOLDER / 'peft_all' / lora.CONFIG, tmp_path)
+  with pytest.raises(errors.UserError) as caught:
+    weights.load(tmp_path)
+  for part in (
+      name(1, 'mlp.up_proj', 'A') + ' is [4, 36], not [5, 36]',
+      name(2, 'self_attn.q_proj', 'B') + ' is missing',
+      'base_model.model.lm_head.lora_A.weight is extra',
+      *(name(i, 'mlp.down_proj', side) + ' is missing'
+        for i in range(3) for side in 'AB')):
+    assert part in str(caught.value), part
+  assert str(caught.value).count(';') == 8
+
+
+def test_all_that_does_not_fit_a_model_is_one_error(tmp_path):
+  model = tiny_lora.build(tiny_lora.options('all'), hidden=50, kv_heads=1)
+  params = model.init(jax.random.key(0), multimodal.example_batch(
+      model.config, None))['params']
+  lora.export(tmp_path / 'other', lora.describe(model.config, 'llama'), params)
+  other, small = weights.load(tmp_path / 'other'), base(tmp_path / 'base')
+  with pytest.raises(errors.UserError) as caught:
+    lora.attach(small, other)
+  for part in ('attention/key/b is [3, 5, 4], not [3, 5, 12]',
+               'attention/value/b is [3, 5, 4], not [3, 5, 12]',
+               'mlp/down/a is [3, 50, 5], not [3, 52, 5]',
+               'mlp/gate/b is [3, 5, 50], not [3, 5, 52]', 'mlp/up/b is'):
+    assert part in str(caught.value), part
+  assert str(caught.value).count(';') == 4
+  with pytest.raises(errors.UserError, match='the model has no connector/down'):
+    lora.attach(small, weights.load(
+        FOLDER / 'peft_llava' / 'non_lora_trainables.bin'))
+  clip = weights.load(FOLDER / 'hf_clip_square')
+  with pytest.raises(errors.UserError, match="layout 'hf_clip' has no decoder"):
+    lora.attach(clip, other)
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(use_dora=True), 'asks for use_dora=True, which is not supported'),
+    (dict(use_rslora=True, bias='all'), "bias='all', use_rslora=True, which"),
+    (dict(rank_pattern={'q_proj': 8}), "rank_pattern={'q_proj': 8}"),
+    (dict(modules_to_save=['lm_head']), r"modules_to_save=\['lm_head'\]"),
+    (dict(init_lora_weights='pissa'), "init_lora_weights='pissa'"),
+    (dict(peft_type='IA3'), "peft_type='IA3'"),
+    (dict(a_new_option=0.5), 'a_new_option=0.5'),
+    (dict(r=-1), 'no such model exists: model.lora.rank: -1'),
+    (dict(lora_alpha=None), r"tell lora.alpha \(numerator.*Say so"),
+])
+def test_configs_that_ask_for_something_else(fields, message, tmp_path):
+  own = json.loads((FOLDER / 'peft_heads' / lora.CONFIG).read_text())
+  tensors = files.open(FOLDER / 'peft_heads')
+  with pytest.raises(errors.UserError, match=message):
+    published_files.recognised(tensors, {lora.CONFIG: own | fields})
+
+
+def test_what_a_config_does_not_say_is_read_off_or_asked_for():
+  tensors = files.open(FOLDER / 'peft_llava' / 'adapter_model.bin')
+  layout, config = published_files.recognised(tensors, {}, {
+      'lora.alpha': 10, 'lora.dropout': 0.5})
+  assert (layout, config.lora.rank, config.lora.dropout) == ('peft', 5, 0.5)
+  with pytest.raises(errors.UserError, match='--say=lora.alpha='):
+    published_files.recognised(tensors)
+  with pytest.raises(errors.UserError, match='lora.rank cannot be said'):
+    published_files.recognised(tensors, said={'lora.rank': 3})
