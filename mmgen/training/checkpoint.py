@@ -321,6 +321,19 @@ def load_params(folder, part: str | None = None, mesh=None):
                 **sharding.named_leaves(frozen)})
 
 
+def parts(folder) -> set[str]:
+  """Returns the top-level names of a run's parameters, frozen ones too."""
+  with _open(folder) as (manager, step):
+    names = {name.split('/')[1] for name in _stored(manager, step)
+             if name.startswith('params/')}
+  path = epath.Path(folder).absolute() / 'frozen'
+  if path.exists():
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      stored = checkpointer.metadata(path).item_metadata.tree
+    names |= {name.split('/')[0] for name in sharding.named_leaves(stored)}
+  return names
+
+
 def load_extras(folder) -> dict:
   """Returns what was saved beside the newest state: config, accounts, ..."""
   with _open(folder) as (manager, step):

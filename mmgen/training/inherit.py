@@ -33,7 +33,7 @@ _VOCABULARY = re.compile(r'(^|/)(embedding|head/kernel)$')
 _POOLING = re.compile(r'[^/]+/head/(probe|query|key|value|out|norm|mlp)(/|$)')
 # What no name and no shape shows of a tower, and changes all that it gives.
 _UNSEEN = ('mlp', 'norm', 'norm_eps', 'placement', 'rope_grid', 'rope_theta',
-           'causal', 'mean', 'std')
+           'causal', 'mean', 'std', 'alpha')
 # Activations of an MLP of two matrices.
 _PLAIN = ('quick_gelu', 'gelu', 'gelu_tanh')
 _ASK = (' --say is of python -m mmgen.convert; the folder that it makes can '
@@ -66,6 +66,7 @@ def inherit(params, parents, mesh, sources=None, configs=None):
       than a grown vocabulary; all differences are listed, and nothing is read
       of a part that does not fit. Or weights that cannot be read.
   """
+  _check_adapters(params, parents)
   new, report, wrong = dict(params), {}, []
   for part in sorted(parents, key=lambda part: part != ALL):
     folder = parents[part]
@@ -127,6 +128,24 @@ def _compare(wanted, parent, folder):
       wrong.append(f'{name}{theirs(name)} is {list(found[name].shape)} in '
                    f'{folder}, {list(wanted[name].shape)} here')
   return lines, wrong
+
+
+def _check_adapters(params, parents):
+  """Checks that no decoder comes without the adapters it was trained with.
+
+  Raises:
+    UserError: it does.
+  """
+  own = any(_top(name) == 'lora' for name in params)
+  for part in {ALL, 'decoder'} & parents.keys():
+    folder = parents[part]
+    same = own and str(parents.get('lora', parents.get(ALL))) == str(folder)
+    if not same and _is_run(folder) and 'lora' in checkpoint.parts(folder):
+      raise errors.UserError(
+          f'config.init.{part}: the decoder of {folder} was trained with '
+          'adapters, which this run does not take. Give it the same '
+          'config.model.lora and config.init.lora, or start it from a '
+          'folder in which they are merged.')
 
 
 def check_vocabulary(params, parents, tokenizer):

@@ -43,7 +43,7 @@ def test_outputs_and_gradients_equal_the_reference(name, unroll):
   assert len(names) == {'heads': 4, 'all': 7}[name]
   given = jax.tree.map(jnp.asarray, tiny_lora.ours(files.open(
       reference.GOLDEN / 'weights' / f'peft_{name}'), names))
-  inputs = tiny_lora.batch(arrays['tokens'])
+  inputs, T = tiny_lora.batch(arrays['tokens']), arrays['tokens'].shape[1]
   # Its dropout is off without a key, and in evaluation.
   plain = dataclasses.replace(c, lora=dataclasses.replace(c.lora, dropout=0.0))
   objective = next_token.NextToken(multimodal.MultimodalDecoder(plain))
@@ -57,12 +57,16 @@ def test_outputs_and_gradients_equal_the_reference(name, unroll):
     # Without dropout the merged model is the same.
     merged = tiny_lora.build(unroll=unroll).apply(
         {'params': lora.merge(params | adapters, c.lora)}, inputs)[0]
-    return logits, merged, *jax.value_and_grad(loss)(adapters)
+    last, _ = model.apply(  # as in generation
+        {'params': params | adapters}, inputs, jnp.full(2, T),
+        multimodal.init_cache(c, 2, T), method='prefill')
+    return logits, merged, last, *jax.value_and_grad(loss)(adapters)
 
   with jax.default_matmul_precision('highest'):
-    logits, merged, loss, gradients = run(given, base_params())
+    logits, merged, last, loss, gradients = run(given, base_params())
   assert reference.error(logits, arrays[f'{name}/logits']) < 1e-5
   assert reference.error(merged, logits) < 1e-5
+  assert reference.error(last, logits[:, -1]) < 1e-5
   np.testing.assert_allclose(loss, arrays[f'{name}/loss'], rtol=1e-6)
   wanted = tiny_lora.ours({key.removeprefix(f'{name}/gradient/'): x
                            for key, x in arrays.items()}, names)

@@ -56,3 +56,12 @@ def batch(tokens):
       targets=np.roll(tokens, -1, axis=1),
       weights=np.tile(np.arange(T) < T - 1, (B, 1)).astype(np.float32),
       row=np.arange(B)))
+
+
+def params(model):
+  """Some parameters of a model, without compiling its own first ones."""
+  draw = np.random.default_rng(0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), batch(
+      np.zeros((1, 1), np.int32)))['params']
+  return jax.tree.map(
+      lambda x: draw.normal(size=x.shape).astype(np.float32), shapes)

@@ -20,7 +20,6 @@ import tiny_lora
 
 from mmgen import errors
 from mmgen import weights
-from mmgen.models import multimodal
 from mmgen.weights import files
 from mmgen.weights import lora
 
@@ -103,10 +102,9 @@ def test_export_after_import_is_identical(name, tmp_path):
 ])
 def test_names_of_other_decoders(family, before, infix, targets, tmp_path):
   model = tiny_lora.build(tiny_lora.options('all'))
-  params = model.init(jax.random.key(0), multimodal.example_batch(
-      model.config, None))['params']
-  described = lora.describe(model.config, family)
-  lora.export(tmp_path / 'out', described, params, ml_dtypes.bfloat16)
+  params = tiny_lora.params(model)
+  lora.export(tmp_path / 'out', lora.describe(model.config, family), params,
+              ml_dtypes.bfloat16)
   tensors = files.open(tmp_path / 'out')
   assert f'base_model.model.{before}2.mlp.up_proj.lora_B.weight' in tensors
   own = json.loads((tmp_path / 'out' / lora.CONFIG).read_text())
@@ -124,7 +122,7 @@ def test_names_of_other_decoders(family, before, infix, targets, tmp_path):
   jax.tree.map(
       lambda got, want: np.testing.assert_array_equal(
           got, want.astype(ml_dtypes.bfloat16)),
-      loaded.params, {'lora': jax.tree.map(np.asarray, params['lora'])})
+      loaded.params, {'lora': params['lora']})
   with pytest.raises(errors.UserError, match="'hf_fuyu' are not known; known"):
     lora.describe(model.config, 'hf_fuyu')
 
@@ -186,9 +184,8 @@ def test_all_that_is_wrong_with_a_file_is_one_error(tmp_path):
 
 def test_all_that_does_not_fit_a_model_is_one_error(tmp_path):
   model = tiny_lora.build(tiny_lora.options('all'), hidden=50, kv_heads=1)
-  params = model.init(jax.random.key(0), multimodal.example_batch(
-      model.config, None))['params']
-  lora.export(tmp_path / 'other', lora.describe(model.config, 'llama'), params)
+  lora.export(tmp_path / 'other', lora.describe(model.config, 'llama'),
+              tiny_lora.params(model))
   other, small = weights.load(tmp_path / 'other'), base(tmp_path / 'base')
   with pytest.raises(errors.UserError) as caught:
     lora.attach(small, other)
