@@ -3,6 +3,7 @@
   square     stretches                                     (kernel: any)
   pad        EVE: the longer side fills the canvas, the    (bicubic)
              rest is padding, in whole cells
+  pad_pairs  EVE-HD: the same, in pairs of cells            (bicubic)
   clip       the shorter side fills the canvas, what       (bicubic)
              sticks out is cut off on both sides
   open_clip  the same, cut half a pixel elsewhere          (bicubic)
@@ -83,6 +84,11 @@ def pad(pixels_YXC, size, kernel, grid):
   canvas[top:top + height, left:left + width] = resize(
       pixels_YXC, (height, width), kernel)
   return canvas, (top, left, height, width)
+
+
+def pad_pairs(pixels_YXC, size, kernel, grid):
+  """As `pad`, in blocks of 2 x 2 cells: one cell of EVE-7B-HD's teacher."""
+  return pad(pixels_YXC, size, kernel, (grid[0] // 2, grid[1] // 2))
 
 
 def clip(pixels_YXC, size, kernel, grid):
@@ -176,6 +182,10 @@ def check(size, fit, kernel, grid):
     raise errors.UserError(
         f'image.size {tuple(size)} does not divide into the {grid[0]} x '
         f'{grid[1]} cells of the model')
+  elif fit == 'pad_pairs' and (grid[0] % 2 or grid[1] % 2):
+    raise errors.UserError(
+        f"image.fit is 'pad_pairs', but the model has {grid[0]} x {grid[1]} "
+        'cells; both must be even')
 
 
 def fit_pixels(pixels_YXC, size, fit, kernel, grid):
@@ -211,8 +221,8 @@ def fit_document(document, size, fit, kernel, grid):
   return dataclasses.replace(document, spans=tuple(spans))
 
 
-FITS = {'square': square, 'pad': pad, 'clip': clip, 'open_clip': open_clip,
-        'expand': expand, 'fuyu': fuyu}
+FITS = {'square': square, 'pad': pad, 'pad_pairs': pad_pairs, 'clip': clip,
+        'open_clip': open_clip, 'expand': expand, 'fuyu': fuyu}
 # Those that make a square only.
 SQUARES = ('clip', 'open_clip', 'expand')
 # Those that tell cells of picture from cells of padding.

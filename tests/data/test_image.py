@@ -2,7 +2,8 @@
 
 tests/golden/image_fits.npz holds what the image processors of transformers
 4.56.2 (CLIP's, LLaVA's, Fuyu's) and open_clip 3.3.0 (torchvision 0.28.0) make
-of noise, before they scale it; Pillow 13.0.0.
+of noise, before they scale it; eve_fits.npz what the released code of EVE does;
+Pillow 13.0.0.
 """
 
 import functools
@@ -21,10 +22,12 @@ def noise(y, x):
   return np.random.default_rng(0).integers(0, 256, (y, x, 3), np.uint8)
 
 
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+
+
 @functools.cache
 def golden():
-  path = pathlib.Path(__file__).parents[1] / 'golden' / 'image_fits.npz'
-  with np.load(path) as file:
+  with np.load(GOLDEN / 'image_fits.npz') as file:
     return dict(file)
 
 
@@ -82,6 +85,17 @@ def test_pad_counts_cells_like_eve(y, x):
   inside = pixels[top:top + height, left:left + width]
   np.testing.assert_array_equal(
       inside, image.resize(noise(y, x), (height, width), 'bicubic'))
+
+
+@pytest.mark.parametrize('fit, edge', [('pad', 672), ('pad_pairs', 1344)])
+def test_pad_of_the_published_sizes_equals_the_reference(fit, edge):
+  with np.load(GOLDEN / 'eve_fits.npz') as file:
+    stored = dict(file)
+  for i, size in enumerate(stored['eve/sizes']):
+    pixels, valid = image.fit_pixels(
+        drawn(400 + i, size), (edge, edge), fit, 'bicubic', (edge // 28,) * 2)
+    assert valid == tuple(stored[f'eve/{edge}/valid'][i])
+    assert sha256(pixels) == stored[f'eve/{edge}/hashes'][i]
 
 
 def test_pad_by_hand_on_a_canvas_that_is_not_square():
@@ -191,6 +205,8 @@ def test_errors_name_the_field():
     with pytest.raises(errors.UserError, match='Allowed: square, clip, open_c'):
       image.check((8, 8), fit, 'bicubic', None)
   image.check((8, 9), 'square', 'bicubic', None)
+  with pytest.raises(errors.UserError, match='3 x 2 cells; both must be even'):
+    image.check((12, 8), 'pad_pairs', 'bicubic', (3, 2))
   # CLIP's convolution leaves out what does not fill a patch.
   image.check((9, 9), 'clip', 'bicubic', (2, 2))
   for wrong in (noise(4, 4).astype(float), noise(4, 4)[..., :1],
