@@ -18,6 +18,7 @@ from mmgen.weights import clip
 from mmgen.weights import decoders
 from mmgen.weights import emu
 from mmgen.weights import eva_clip
+from mmgen.weights import eve
 from mmgen.weights import files
 from mmgen.weights import fuyu
 from mmgen.weights import layout as layout_lib
@@ -25,8 +26,9 @@ from mmgen.weights import llava
 from mmgen.weights import lora
 
 # The first that recognises a file has it.
-FAMILIES = {**eva_clip.LAYOUTS, **clip.LAYOUTS, **llava.LAYOUTS,
-            **fuyu.LAYOUTS, **emu.LAYOUTS, **decoders.LAYOUTS, **lora.LAYOUTS}
+FAMILIES = {**eva_clip.LAYOUTS, **clip.LAYOUTS, **eve.LAYOUTS,
+            **llava.LAYOUTS, **fuyu.LAYOUTS, **emu.LAYOUTS, **decoders.LAYOUTS,
+            **lora.LAYOUTS}
 
 _BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json',
            lora.CONFIG)

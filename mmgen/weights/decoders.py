@@ -296,8 +296,9 @@ def build(config, dtype,
       name: dataclasses.replace(part, dtype=dtype)
       for name, part in vars(config).items() if part is not None}))
   vision = config.vision
+  # Without positions of its own a module takes pictures of one cell.
   batch = multimodal.example_batch(config, vision and getattr(
-      vision, 'image_size', (vision.patch,) * 2))
+      vision, 'image_size', (vision.patch * getattr(vision, 'pool', 1),) * 2))
   tree = jax.eval_shape(model.init, jax.random.key(0), batch)['params']
   return model, {
       name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in

@@ -102,7 +102,7 @@ def _recognise(tensors, beside, said, names):
       decoders.SAYABLE | {name: _SAYABLE[name] for name in tower})
   vision = decoders.make(
       vision_encoder.VisionEncoderConfig if has_tower else vision_encoder.sized,
-      shapes | _pixels(beside) | decoders.within(known, 'vision'))
+      shapes | pixels(beside) | decoders.within(known, 'vision'))
   return decoders.make(multimodal.MultimodalConfig, dict(
       decoder=decoders.config(sizes, known), vision=vision,
       connector=_connector(tensors, names)))
@@ -177,7 +177,7 @@ def _tap(own):
   return tap
 
 
-def _pixels(beside):
+def pixels(beside):
   """Mean and std, as far as a JSON file says them."""
   own = beside.get('preprocessor_config.json', {})
   return {field: tuple(own[f'image_{field}']) for field in ('mean', 'std')

@@ -110,6 +110,40 @@ def clip_tower(weights, config, prefix):
       'stack': stacked(blocks, norm(weights, f'{prefix}post_layernorm'))}
 
 
+def eve(weights, config, prefix=''):
+  """Parameters of `Eve` and of the connector 'mlp' from EVE's own names."""
+  D, N = config.width, config.heads
+  tower = f'{prefix}vision_tower.'
+  vision = {'patch_embedding': {
+      'kernel': weights[f'{tower}patch_embedding.weight'].transpose(
+          2, 3, 1, 0).reshape(-1, D)}}
+  for name in ('class_embedding', 'split_embedding'):
+    vision[name] = weights[tower + name]
+  for name in ('local_attention', 'global_attention'):
+    key, value = np.split(weights[f'{tower}{name}.kv.1.weight'], 2)
+    out = dense(weights, f'{tower}{name}.proj')
+    vision[name] = {
+        'query_norm': norm(weights, f'{tower}{name}.q.0'),
+        'key_value_norm': norm(weights, f'{tower}{name}.kv.0'),
+        'out': {**out, 'kernel': out['kernel'].reshape(N, -1, D)}} | {
+            part: {'kernel': kernel.T.reshape(D, N, -1)} for part, kernel in (
+                ('query', weights[f'{tower}{name}.q.1.weight']), ('key', key),
+                ('value', value))}
+  return vision, {'up': dense(weights, f'{prefix}mm_projector.0'),
+                  'down': dense(weights, f'{prefix}mm_projector.2')}
+
+
+def patch_aligner(weights, prefix=''):
+  """Parameters of `PatchAligner` from those of EVE's own layer."""
+  taps = sum(name.startswith(f'{prefix}norm_layer') for name in weights) // 3
+  tree = {part: dense(weights, f'{prefix}{part}_layer')
+          for part in ('input', 'output')}
+  for j in range(taps):
+    tree[f'norm_{j}'] = norm(weights, f'{prefix}norm_layer.{j}.0')
+    tree[f'project_{j}'] = dense(weights, f'{prefix}norm_layer.{j}.1')
+  return tree
+
+
 def persimmon(weights, config, prefix=''):
   """Parameters of `Decoder` from those of PersimmonForCausalLM."""
   blocks = []
@@ -143,8 +177,8 @@ def persimmon(weights, config, prefix=''):
 class Ids:
   """A tokenizer of letters; reserved names have the ids of the references."""
   names = {'<pad>': 0, '<bos>': 1, '<eos>': 2, '<answer>': 4, '<image>': 5,
-           '</image>': 6, '<patch>': 9,
-           '<newline>': 10, '<user>': 11, '<assistant>': 12}
+           '</image>': 6, '<patch>': 9, '<newline>': 10, '<user>': 11,
+           '<assistant>': 12, '<class>': 13}
 
   def id(self, name):
     return self.names[name]

@@ -4,35 +4,18 @@ The arrays in tests/golden/patch_aligner*.npz come from EVE's own layer with
 random weights and hidden states (torch 2.13.0, fp32, CPU).
 """
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 from mmgen.models import alignment
-
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
-
-
-def from_reference(arrays, prefix='param/'):
-  """Our tree from arrays named as in the reference's state dict."""
-  get = lambda name: arrays[prefix + name]
-  tree = {}
-  for j in range(sum(k.startswith(f'{prefix}norm_layer') for k in arrays) // 3):
-    tree[f'norm_{j}'] = {'scale': get(f'norm_layer.{j}.0.weight'),
-                         'bias': get(f'norm_layer.{j}.0.bias')}
-    tree[f'project_{j}'] = {'kernel': get(f'norm_layer.{j}.1.weight').T}
-  for name in ('input', 'output'):
-    tree[name] = {'kernel': get(f'{name}_layer.weight').T,
-                  'bias': get(f'{name}_layer.bias')}
-  return tree
 
 
 @pytest.mark.parametrize('heads', [8, 2])
 def test_prediction_equals_the_reference(heads):
-  with np.load(GOLDEN / 'patch_aligner.npz') as file:
+  with np.load(reference.GOLDEN / 'patch_aligner.npz') as file:
     golden = dict(file)
   layers, width = int(golden['layers']), golden['teacher'].shape[-1]
   hidden_BTLD = golden['hidden']
@@ -41,7 +24,7 @@ def test_prediction_equals_the_reference(heads):
   assert config.taps == (8, 4, 0)
   aligner = alignment.PatchAligner(config)
   apply = jax.jit(lambda hidden: aligner.apply(
-      {'params': from_reference(golden)}, hidden)[0])
+      {'params': reference.patch_aligner(golden, 'param/')}, hidden)[0])
   worst = 0.0
   for i, (start, box) in enumerate(zip(golden['starts'], golden['boxes'])):
     rows, cols = box[2:]

@@ -1,15 +1,13 @@
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 from mmgen.models import connector
 from mmgen.models import patch_embedding
-
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
 # Arrays of the reference's `VisionTokenizer` and projector with random weights
 # (float32): three pictures each, of which two have padding.
@@ -19,60 +17,10 @@ EVE = {
 }
 
 
-def _golden(name):
-  arrays = np.load(GOLDEN / f'{name}.npz')
-  weights = {key.removeprefix('weights/'): arrays[key] for key in arrays.files
-             if key.startswith('weights/')}
-  return arrays, weights
-
-
-def _dense(weights, name):
-  """Kernel [inputs, outputs], and the bias if there is one."""
-  dense = {'kernel': weights[f'{name}.weight'].T}
-  if f'{name}.bias' in weights:
-    dense['bias'] = weights[f'{name}.bias']
-  return dense
-
-
-def _norm(weights, name):
-  return {'scale': weights[f'{name}.weight'], 'bias': weights[f'{name}.bias']}
-
-
-def from_reference(weights, config):
-  """Parameters of `Eve` and of the connector 'mlp' from reference names."""
-  D, N = config.width, config.heads
-  vision = {'patch_embedding': {
-      'kernel': weights['vision_tower.patch_embedding.weight'].transpose(
-          2, 3, 1, 0).reshape(-1, D)}}
-  for name in ('class_embedding', 'split_embedding'):
-    vision[name] = weights[f'vision_tower.{name}']
-  for name in ('local_attention', 'global_attention'):
-    prefix = f'vision_tower.{name}'
-    key, value = np.split(weights[f'{prefix}.kv.1.weight'], 2)
-    query = weights[f'{prefix}.q.1.weight']
-    out = _dense(weights, f'{prefix}.proj')
-    vision[name] = {
-        'query_norm': _norm(weights, f'{prefix}.q.0'),
-        'key_value_norm': _norm(weights, f'{prefix}.kv.0'),
-        'query': {'kernel': query.T.reshape(D, N, -1)},
-        'key': {'kernel': key.T.reshape(D, N, -1)},
-        'value': {'kernel': value.T.reshape(D, N, -1)},
-        'out': {**out, 'kernel': out['kernel'].reshape(N, -1, D)}}
-  projector = {'up': _dense(weights, 'mm_projector.0'),
-               'down': _dense(weights, 'mm_projector.2')}
-  return jax.tree.map(jnp.asarray, (vision, projector))
-
-
-def _relative_error(got, want):
-  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-  assert got.shape == want.shape
-  return np.abs(got - want).max() / np.abs(want).max()
-
-
 def _eve(name, images, boxes):
   """Table after the connector, stages, layout; pictures in rows of one."""
   config, width = EVE[name]
-  vision, projector = from_reference(_golden(name)[1], config)
+  vision, projector = reference.eve(reference.load(name)[1], config)
   mlp = connector.Mlp(connector.ConnectorConfig('mlp', width))
   with jax.default_matmul_precision('highest'):
     table, out = patch_embedding.Eve(config).apply(
@@ -83,21 +31,21 @@ def _eve(name, images, boxes):
 
 @pytest.mark.parametrize('name', EVE)
 def test_eve_equals_the_reference_at_every_stage(name):
-  golden, _ = _golden(name)
+  golden, _ = reference.load(name)
   table, out, grid = _eve(name, golden['images'], golden['boxes'])
   assert table.shape[1] == grid.table_size
   patches = golden['patches'].transpose(0, 2, 3, 1)
   got = out['patches'][:, 0].reshape(patches.shape)
-  assert _relative_error(got, patches) < 1e-5
+  assert reference.error(got, patches) < 1e-5
   for i, (top, left, rows, cols) in enumerate(golden['boxes']):
     cells = out['cells'][i, 0].reshape(grid.rows, grid.cols, -1)
     cells = cells[top:top + rows, left:left + cols]
     expected = golden[f'cells/{i}'].reshape(cells.shape)
-    assert _relative_error(cells, expected) < 1e-5
-    assert _relative_error(out['class'][i, 0, 0], golden[f'class/{i}']) < 1e-5
+    assert reference.error(cells, expected) < 1e-5
+    assert reference.error(out['class'][i, 0, 0], golden[f'class/{i}']) < 1e-5
     # The slots that the layout picks are the sequence the reference builds.
     _, entries = grid.slots((top, left, rows, cols))
-    assert _relative_error(table[i][entries], golden[f'table/{i}']) < 1e-5
+    assert reference.error(table[i][entries], golden[f'table/{i}']) < 1e-5
 
 
 def _used(table, grid, boxes):
@@ -106,7 +54,7 @@ def _used(table, grid, boxes):
 
 
 def test_eve_does_not_see_the_padding():
-  golden, _ = _golden('eve_square')
+  golden, _ = reference.load('eve_square')
   images, boxes = golden['images'], golden['boxes']
   painted = np.zeros_like(images)
   for image, picture, box in zip(painted, images, boxes):
@@ -120,7 +68,7 @@ def test_eve_does_not_see_the_padding():
 
 
 def test_eve_of_a_padded_picture_is_eve_of_the_crop():
-  golden, _ = _golden('eve_square')
+  golden, _ = reference.load('eve_square')
   images, boxes = golden['images'], golden['boxes']
   padded = _used(*_eve('eve_square', images, boxes)[::2], boxes)
   top, left, rows, cols = boxes[1]
@@ -136,9 +84,9 @@ def test_eve_of_a_padded_picture_is_eve_of_the_crop():
     ('global_attention', ('class',), ('cells',)),
 ])
 def test_eve_without_an_attention(option, changed, kept):
-  golden, weights = _golden('eve_square')
+  golden, weights = reference.load('eve_square')
   config, _ = EVE['eve_square']
-  params, _ = from_reference(weights, config)
+  params, _ = reference.eve(weights, config)
   images, box = golden['images'][:, None], golden['boxes'][:, None]
   _, whole = patch_embedding.Eve(config).apply({'params': params}, images, box)
   without = patch_embedding.Eve(dataclasses.replace(config, **{option: False}))
@@ -164,20 +112,20 @@ def test_eve_without_an_attention(option, changed, kept):
 
 
 def test_eve_of_an_empty_slot_is_finite():
-  golden, _ = _golden('eve_square')
+  golden, _ = reference.load('eve_square')
   table, _, _ = _eve('eve_square', golden['images'], np.zeros((3, 4), int))
   assert np.isfinite(table).all()
 
 
 def test_linear_patches_equal_the_reference():
-  golden, weights = _golden('fuyu_patches')
+  golden, weights = reference.load('fuyu_patches')
   config = patch_embedding.LinearPatchesConfig(width=24, patch=5)
-  params = {'projection': _dense(weights, 'vision_embed_tokens')}
+  params = {'projection': reference.dense(weights, 'vision_embed_tokens')}
   with jax.default_matmul_precision('highest'):
     table, _ = patch_embedding.LinearPatches(config).apply(
         {'params': params}, golden['images'][:, None],
         jnp.zeros((2, 1, 4), jnp.int32))
-  assert _relative_error(table[:, 0], golden['table']) < 1e-5
+  assert reference.error(table[:, 0], golden['table']) < 1e-5
   grid = config.image_layout((10, 15))
   assert (grid.rows, grid.cols, grid.table_size) == (2, 3, 6)
   names, _ = grid.slots()

@@ -1,7 +1,6 @@
 """The alignment objective: the released loss, packing, pictures in slots."""
 
 import dataclasses
-import pathlib
 import types
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 from PIL import Image
 import pytest
+import reference
 
 from mmgen.data import document
 from mmgen.data import layout
@@ -24,7 +24,6 @@ from mmgen.objectives import alignment
 from mmgen.objectives import next_token
 from mmgen.training import metrics
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 # The reference's grid: class token, then rows that end in a split token.
 EVE = dict(class_slot=True, newline='table')
 
@@ -37,19 +36,6 @@ class Fixed:
 
   def apply(self, variables, *arguments, **options):
     return self.result(variables, *arguments, **options)
-
-
-def from_reference(arrays, prefix):
-  get = lambda name: arrays[prefix + name]
-  tree = {}
-  for j in range(sum(k.startswith(f'{prefix}norm_layer') for k in arrays) // 3):
-    tree[f'norm_{j}'] = {'scale': get(f'norm_layer.{j}.0.weight'),
-                         'bias': get(f'norm_layer.{j}.0.bias')}
-    tree[f'project_{j}'] = {'kernel': get(f'norm_layer.{j}.1.weight').T}
-  for name in ('input', 'output'):
-    tree[name] = {'kernel': get(f'{name}_layer.weight').T,
-                  'bias': get(f'{name}_layer.bias')}
-  return tree
 
 
 def reference_batch(golden, image_layout):
@@ -66,7 +52,7 @@ def reference_batch(golden, image_layout):
 
 @pytest.mark.parametrize('name', ['patch_aligner', 'patch_aligner_hd'])
 def test_loss_and_gradients_equal_the_reference(name):
-  with np.load(GOLDEN / f'{name}.npz') as file:
+  with np.load(reference.GOLDEN / f'{name}.npz') as file:
     golden = dict(file)
   layers, side = int(golden['layers']), int(golden['grid'])
   B, T, _, D = golden['hidden'].shape
@@ -88,7 +74,7 @@ def test_loss_and_gradients_equal_the_reference(name):
       Fixed(types.SimpleNamespace(
           grid=(teacher_side,) * 2, image_size=(2, 2)), teacher))
   batch = {'s': reference_batch(golden, image_layout)}
-  params = {'aligner': from_reference(golden, 'param/'),
+  params = {'aligner': reference.patch_aligner(golden, 'param/'),
             'hidden': jnp.asarray(golden['hidden'])}
   frozen = {'teacher': {'features': jnp.asarray(golden['teacher'])}}
 
@@ -99,7 +85,7 @@ def test_loss_and_gradients_equal_the_reference(name):
     return sums['alignment'][0] / objective.weights(batch)['alignment']
   value, gradient = run(params)
   np.testing.assert_allclose(value, golden['loss'], rtol=1e-5)
-  expected = {'aligner': from_reference(golden, 'grad/'),
+  expected = {'aligner': reference.patch_aligner(golden, 'grad/'),
               'hidden': golden['hidden_grad']}
   for ours, theirs in zip(jax.tree.leaves(gradient),
                           jax.tree.leaves(expected)):

@@ -1,0 +1,168 @@
+"""EVE-7B from files as its authors write them, and back.
+
+The files are made here of the arrays in `golden/`, which hold weights under the
+names of the released files, those of training included, and what EVE's own
+model gave with them.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import published_files
+import pytest
+import reference
+
+from mmgen import errors
+from mmgen import weights
+from mmgen.models import alignment
+from mmgen.models import connector
+from mmgen.models import decoder
+from mmgen.models import multimodal
+from mmgen.models import patch_embedding
+from mmgen.models import vision_encoder
+
+CONFIGS = {
+    'eve_7b': dict(model_type='eve', num_attention_heads=3, rms_norm_eps=1e-5,
+                   mm_projector_type='mlp2x_gelu'),
+    'eve_7b_hd': dict(model_type='eve', num_attention_heads=5,
+                      rms_norm_eps=1e-3, rope_theta=100.0)}
+CLIP = 'model.vision_clip.backbone.vision_model.'
+COPY = 'model.vision_tower_compressor.clip_layer.backbone.vision_model.'
+
+
+def tensors_of(name, layout):
+  """Weights of inference, or with the aligning layer; never with CLIP."""
+  return {key: x for key, x in reference.load(name)[1].items()
+          if not key.startswith(CLIP) and (
+              layout == 'eve_aligned' or 'compressor' not in key)}
+
+
+def with_clip(tensors, name):
+  """What a file of training holds besides, and is not read."""
+  _, whole = reference.load(name)
+  clip = {key: x for key, x in whole.items() if key.startswith(CLIP)}
+  buffer = 'model.layers.0.self_attn.rotary_emb.inv_freq'
+  return tensors | clip | {buffer: np.ones(2)} | {
+      COPY + key.removeprefix(CLIP): x for key, x in clip.items()}
+
+
+@pytest.mark.parametrize('name, layout', [
+    ('eve_7b', 'eve'), ('eve_7b_hd', 'eve_aligned')])
+def test_import_gives_the_references_parameters(name, layout, tmp_path):
+  # That these give its outputs is seen in tests/models/test_eve.py.
+  tensors = tensors_of(name, layout)
+  loaded = weights.load(published_files.save(
+      tmp_path / 'in', with_clip(tensors, name), CONFIGS[name]))
+  assert loaded.layout == layout
+  c = loaded.model.config
+  vision, projector = reference.eve(tensors, c.vision, 'model.')
+  expected = {'vision': vision, 'connector': projector,
+              'decoder': reference.llama(tensors, c.decoder)}
+  if layout == 'eve_aligned':
+    expected['aligner'] = reference.patch_aligner(
+        tensors, 'model.vision_tower_compressor.')
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+  assert (c.decoder.heads, c.decoder.norm_eps, c.decoder.rope_theta) == (
+      (3, 1e-5, 1e4) if name == 'eve_7b' else (5, 1e-3, 100.0))
+
+
+@pytest.mark.parametrize('name, layout, dtype', [
+    (name, layout, dtype)
+    for i, layout in enumerate(('eve', 'eve_aligned'))
+    for j, dtype in enumerate(published_files.DTYPES)
+    for name in [list(CONFIGS)[(i + j) % 2]]])
+def test_export_after_import_is_identical(name, layout, dtype, tmp_path):
+  published_files.round_trip(tensors_of(name, layout), tmp_path, CONFIGS[name],
+                             layout, dtype)
+
+
+def published():
+  text = decoder.sized('vicuna-7b')
+  return multimodal.MultimodalConfig(
+      text, patch_embedding.EveConfig(),
+      connector.ConnectorConfig('mlp', text.width))
+
+
+def test_eve_7b():
+  config = published()
+  tensors, count = published_files.shapes('eve', config)
+  assert count == 6_768_398_336
+  D, tower = 1024, 'model.vision_tower.'
+  wanted = {
+      'lm_head.weight': (32000, 4096),
+      'model.embed_tokens.weight': (32000, 4096),
+      'model.layers.31.self_attn.o_proj.weight': (4096, 4096),
+      'model.layers.31.mlp.down_proj.weight': (4096, 11008),
+      f'{tower}patch_embedding.weight': (D, 3, 14, 14),
+      f'{tower}class_embedding': (D,), f'{tower}split_embedding': (D,),
+      'model.mm_projector.0.weight': (4096, D),
+      'model.mm_projector.2.weight': (4096, 4096),
+      'model.mm_projector.2.bias': (4096,)}
+  for name in ('local_attention', 'global_attention'):
+    wanted |= {f'{tower}{name}.{part}': shape for part, shape in {
+        'q.0.weight': (D,), 'q.0.bias': (D,), 'q.1.weight': (D, D),
+        'kv.0.weight': (D,), 'kv.0.bias': (D,), 'kv.1.weight': (2 * D, D),
+        'proj.weight': (D, D), 'proj.bias': (D,)}.items()}
+  assert wanted == {name: tensors[name].shape for name in wanted}
+  assert published_files.recognised(tensors) == ('eve', config)
+  of_tower = [x for name, x in tensors.items() if name.startswith(tower)]
+  assert sum(np.prod(x.shape) for x in of_tower) == 9_003_008
+
+  aligned = weights.eve.AlignedConfig(
+      **vars(config), aligner=alignment.SIZES['eve-7b'])
+  tensors, count = published_files.shapes('eve_aligned', aligned)
+  assert count == 6_811_465_728
+  layer = 'model.vision_tower_compressor.'
+  wanted = {f'{layer}input_layer.weight': (D, 4096),
+            f'{layer}output_layer.weight': (D, D),
+            f'{layer}output_layer.bias': (D,)} | {
+                f'{layer}norm_layer.{j}.{part}': shape for j in range(9)
+                for part, shape in (('0.weight', (4096,)), ('0.bias', (4096,)),
+                                    ('1.weight', (D, 4096)))}
+  assert wanted == {name: tensors[name].shape for name in wanted}
+  for own in {}, CONFIGS['eve_7b'] | dict(num_attention_heads=32):
+    assert published_files.recognised(
+        tensors, {'config.json': own}) == ('eve_aligned', aligned)
+
+
+def test_pictures_are_as_the_files_beside_say():
+  image = weights.FAMILIES['eve'].image
+  of = lambda **files: image(published(), {
+      f'{name}.json': content for name, content in files.items()})
+  assert of() == dict(
+      size=(672, 672), fit='pad', kernel='bicubic',
+      mean=vision_encoder.CLIP_MEAN, std=vision_encoder.CLIP_STD)
+  name = dict(mm_vision_tower='openai/eve-patch14-anypixel-1344')
+  for found in (of(config=name), of(preprocessor_config=dict(
+      image_size=1344, image_size_clip=336, patch_stride_clip=14))):
+    assert (found['size'], found['fit']) == ((1344, 1344), 'pad_pairs')
+  with pytest.raises(errors.UserError, match='36 x 36 cells .* 24 x 24 of'):
+    of(preprocessor_config=dict(image_size=1008))
+  tensors, _ = published_files.shapes('eve', published())
+  _, found = published_files.recognised(tensors, {
+      'preprocessor_config.json': dict(
+          conv_stride=3, image_mean=[0.1, 0.2, 0.3])})
+  assert found.vision == dataclasses.replace(
+      published().vision, pool=3, mean=(0.1, 0.2, 0.3))
+
+
+def test_what_is_wrong_is_said(tmp_path):
+  tensors = tensors_of('eve_7b', 'eve')
+  for more, message in (
+      (dict(model_type='llava_llama'), "'llava_llama', and the tensors have"),
+      (dict(mm_projector_type='linear'), "type='linear', which is not")):
+    with pytest.raises(errors.UserError, match=message):
+      published_files.recognised(
+          tensors, {'config.json': CONFIGS['eve_7b'] | more})
+  with pytest.raises(errors.UserError, match='tell decoder.heads'):
+    published_files.recognised(tensors)
+  tensors['model.vision_tower.local_attention.kv.1.weight'] = np.zeros((31, 16))
+  del tensors['model.mm_projector.2.bias']
+  with pytest.raises(errors.UserError) as caught:
+    weights.load(published_files.save(tmp_path / 'in', tensors,
+                                      CONFIGS['eve_7b']))
+  for part in ('mm_projector.2.bias is missing',
+               'local_attention.kv.1.weight is [31, 16], not [32, 16]'):
+    assert part in str(caught.value)
+  assert str(caught.value).count(';') == 1
