@@ -10,12 +10,17 @@
   expand     LLaVA-1.5: padded to a square, then stretched (bicubic)
   fuyu       Fuyu-8B: shrunk only if too large, then put   (bilinear)
              into the upper left corner
+  area       EVEv2, training: to the area of a quarter of   (bicubic)
+             the canvas, if larger; in whole cells, in the
+             upper left corner
+  area_up    EVEv2, evaluation: the same, smaller ones too  (bicubic)
 
 Each gives the pixels of its reference, bit by bit, with the kernel named here.
 Resampling is Pillow's, antialiased, in one step.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from PIL import Image
@@ -152,6 +157,49 @@ def fuyu(pixels_YXC, size, kernel, grid):
   return canvas, (0, 0, -(-y // cell_y) * cell_y, -(-x // cell_x) * cell_x)
 
 
+def area(pixels_YXC, size, kernel, grid):
+  """Shrinks what has more pixels than a quarter of the canvas (EVEv2).
+
+  Each side becomes the nearest number of whole cells (arXiv 2502.06788,
+  released training code). What is more than four times as long as
+  wide may not fit the canvas, and is shrunk further than there.
+
+  Returns:
+    The canvas and the rectangle of the picture, in its upper left corner.
+  """
+  y, x = pixels_YXC.shape[:2]
+  scale = _area_scale(y, x, size)
+  sides = (side / scale if scale > 1 else side for side in (y, x))
+  return _corner(pixels_YXC, size, kernel, grid, sides, round)
+
+
+def area_up(pixels_YXC, size, kernel, grid):
+  """As `area`, but enlarges as well, and rounds up (EVEv2's evaluation)."""
+  y, x = pixels_YXC.shape[:2]
+  scale = _area_scale(y, x, size)
+  return _corner(pixels_YXC, size, kernel, grid, (y / scale, x / scale),
+                 math.ceil)
+
+
+def _area_scale(y, x, size):
+  # In floating point, as the reference.
+  return math.sqrt(x * y) / (math.sqrt(size[0] * size[1]) / 2)
+
+
+def _corner(pixels_YXC, size, kernel, grid, sides, whole):
+  """Resizes to a whole number of cells and puts into the upper left corner."""
+  cells = [side // count for side, count in zip(size, grid)]
+  counts = [max(whole(side / cell), 1) for side, cell in zip(sides, cells)]
+  over = max(count / most for count, most in zip(counts, grid))
+  if over > 1:
+    counts = [max(int(count / over), 1) for count in counts]
+  y, x = (count * cell for count, cell in zip(counts, cells))
+  canvas = np.empty((*size, 3), np.uint8)
+  canvas[:] = PADDING
+  canvas[:y, :x] = resize(pixels_YXC, (y, x), kernel)
+  return canvas, (0, 0, y, x)
+
+
 def check(size, fit, kernel, grid):
   """Raises UserError unless `fit_pixels` can serve these settings.
 
@@ -222,7 +270,8 @@ def fit_document(document, size, fit, kernel, grid):
 
 
 FITS = {'square': square, 'pad': pad, 'pad_pairs': pad_pairs, 'clip': clip,
-        'open_clip': open_clip, 'expand': expand, 'fuyu': fuyu}
+        'open_clip': open_clip, 'expand': expand, 'fuyu': fuyu,
+        'area': area, 'area_up': area_up}
 # Those that make a square only.
 SQUARES = ('clip', 'open_clip', 'expand')
 # Those that tell cells of picture from cells of padding.

@@ -98,6 +98,30 @@ def test_pad_of_the_published_sizes_equals_the_reference(fit, edge):
     assert sha256(pixels) == stored[f'eve/{edge}/hashes'][i]
 
 
+@pytest.mark.parametrize('edge', [800, 1600])
+@pytest.mark.parametrize('fit', ['area', 'area_up'])
+def test_area_equals_the_reference(fit, edge):
+  with np.load(GOLDEN / 'eve_fits.npz') as file:
+    stored = dict(file)
+  for i, size in enumerate(stored['area/sizes']):
+    pixels, (top, left, y, x) = image.fit_pixels(
+        drawn(500 + i, size), (2 * edge,) * 2, fit, 'bicubic',
+        (edge // 16,) * 2)
+    assert (top, left, y, x) == (0, 0, *stored[f'{fit}/{edge}/crops'][i])
+    assert sha256(pixels[:y, :x]) == stored[f'{fit}/{edge}/hashes'][i]
+
+
+def test_area_of_what_does_not_fit_is_shrunk():
+  # 4 x 100 pixels to an area of 8 x 8: 2 x 40 pixels, and 16 are there.
+  for fit in ('area', 'area_up'):
+    pixels, valid = image.fit_pixels(noise(4, 100), (16, 16), fit, 'bicubic',
+                                     (4, 4))
+    assert valid == (0, 0, 4, 16)
+    np.testing.assert_array_equal(
+        pixels[:4], image.resize(noise(4, 100), (4, 16), 'bicubic'))
+    assert (pixels[4:] == image.PADDING).all()
+
+
 def test_pad_by_hand_on_a_canvas_that_is_not_square():
   # 4 x 2 pixels on 8 x 12 with cells of 4 x 4: the height binds, 8 x 4 pixels
   # are picture, one column of cells; of two spare columns one leads.
