@@ -46,6 +46,38 @@ def constrain(x, *names):
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def local(function, slots, whole=()):
+  """Applies a function to the slots that each chip has, on that chip.
+
+  What depends on the contents of slots (how many are of a kind) can then be
+  decided by each chip for itself. The compiler still splits other axes.
+
+  Args:
+    function: of `slots` and, if given, `whole`; returns arrays [B, T, ...].
+    slots: arrays [B, T, ...], of which a chip gets its rows and columns.
+    whole: arrays of which each chip gets all; their gradients are summed.
+
+  Returns:
+    What the function returns, of all chips together. Axes that the mesh cannot
+    split evenly are not split.
+  """
+  arguments = (slots, whole) if whole else (slots,)
+  mesh = jax.sharding.get_abstract_mesh()
+  split = []
+  for name, size in zip(('batch', 'length'),
+                        jax.tree.leaves(slots)[0].shape):
+    axes = () if mesh.empty else _axes(mesh, name, size)
+    split.append(axes if isinstance(axes, tuple) else ())
+  manual = {axis for axes in split for axis in axes if mesh.shape[axis] > 1}
+  if not manual:
+    return function(*arguments)
+  spec = jax.sharding.PartitionSpec(*(axes or None for axes in split))
+  everywhere = jax.sharding.PartitionSpec()
+  return jax.shard_map(
+      function, in_specs=(spec, everywhere)[:len(arguments)], out_specs=spec,
+      axis_names=set().union(*split), check_vma=False)(*arguments)
+
+
 def _axes(mesh, name, size):
   if name is None:
     return None

@@ -39,6 +39,7 @@ class DecoderConfig:
   query_key_norm: bool = False
   rope_theta: float = 1e4
   rope_share: float = 1.0
+  modality_weights: tuple[str, ...] = ()
   remat: bool = False
   unroll: bool = False
   backend: str = 'plain'
@@ -83,9 +84,10 @@ class Decoder(nn.Module):
         x_BTD.astype(self.config.dtype), 'batch', 'length', 'width')
 
   def __call__(self, x_BTD, mask, positions_BT, cache=None, taps=(),
-               adapters=None):
+               adapters=None, visual_BT=None):
     """Runs the stack; see `transformer.Stack`. Returns (hidden, out)."""
-    return self.stack(x_BTD, mask, positions_BT, cache, taps, adapters)
+    return self.stack(x_BTD, mask, positions_BT, cache, taps, adapters,
+                      visual_BT)
 
   def logits(self, hidden_BTD):
     """Returns the logits of hidden states, [B, T, V] in float32."""

@@ -121,7 +121,8 @@ class MultimodalDecoder(nn.Module):
     mask = attention.Mask(causal=True, segments_BT=batch['segments'])
     hidden_BTD, inner = self.decoder(
         x_BTD, mask, batch['positions'], taps=taps,
-        adapters=self._adapters(batch if train else None))
+        adapters=self._adapters(batch if train else None),
+        visual_BT=_visual(batch))
     out |= dict(input=x_BTD, hidden=hidden_BTD, taps=inner['taps'])
     if self.config.visual_head is not None:
       out['regressed'] = self.visual_head(hidden_BTD)
@@ -175,21 +176,24 @@ class MultimodalDecoder(nn.Module):
     x_B1D = features_BF[:, None]
     if self.config.visual_head.target == 'vision':
       x_B1D, _ = self.connector(x_B1D)
-    hidden_B1D, cache = self._cached(x_B1D, positions_B[:, None], cache)
+    visual_B1 = jnp.ones(x_B1D.shape[:2], bool)
+    hidden_B1D, cache = self._cached(x_B1D, positions_B[:, None], cache,
+                                     visual_B1)
     return self.visual_head(hidden_B1D)[:, 0], cache
 
   def _read(self, batch, lengths_B, cache):
     x_BTD = self.embed(batch)
     B, T = x_BTD.shape[:2]
     slots_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    hidden_BTD, cache = self._cached(x_BTD, slots_BT, cache)
+    hidden_BTD, cache = self._cached(x_BTD, slots_BT, cache, _visual(batch))
     last = (lengths_B - 1)[:, None, None]
     return jnp.take_along_axis(hidden_BTD, last, axis=1), cache
 
-  def _cached(self, x_BTD, slots_BT, cache):
+  def _cached(self, x_BTD, slots_BT, cache, visual_BT=None):
     mask = attention.Mask(causal=True, query_positions_BT=slots_BT)
-    hidden_BTD, out = self.decoder(x_BTD, mask, slots_BT, cache=cache,
-                                   adapters=self._adapters())
+    hidden_BTD, out = self.decoder(
+        x_BTD, mask, slots_BT, cache=cache, adapters=self._adapters(),
+        visual_BT=visual_BT)
     return hidden_BTD, out['cache']
 
   def _adapters(self, batch=None):
@@ -223,6 +227,11 @@ class MultimodalDecoder(nn.Module):
     picture_BTD = jnp.take_along_axis(
         table_BPD, jnp.maximum(visual_BT1, 0), axis=1)
     return jnp.where(visual_BT1 >= 0, picture_BTD, x_BTD), out
+
+
+def _visual(batch):
+  """bool [B, T], slots of pictures, their class and split slots included."""
+  return batch['visual'] >= 0 if 'images' in batch else None
 
 
 def init_cache(config, batch, length, dtype=None):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from mmgen import partition
 from mmgen.models import attention
 from mmgen.models import lora
+from mmgen.models import modality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,9 @@ class StackConfig:
     rope_theta: base of rotary positions; None for none.
     rope_share: of the channels of a head, part that turns: the first ones.
     final_norm: a norm after the last block.
+    modality_weights: parts of a block, names in `modality.PARTS`, that have a
+      second set of weights, for the slots of pictures; its leaves are below
+      'visual' and start as copies of the first.
     init: a name in `INITS`.
     remat: recompute each block in the backward pass.
     unroll: a Python loop over layers in place of a scan.
@@ -73,6 +77,7 @@ class StackConfig:
   rope_theta: float | None = None
   rope_share: float = 1.0
   final_norm: bool = True
+  modality_weights: tuple[str, ...] = ()
   init: str = 'llama'
   remat: bool = False
   unroll: bool = False
@@ -88,6 +93,14 @@ class StackConfig:
       if getattr(self, field) not in table:
         raise ValueError(f'{field}: {getattr(self, field)!r}; '
                          f'allowed: {", ".join(map(str, table))}.')
+    unknown = set(self.modality_weights) - set(modality.PARTS)
+    if unknown:
+      raise ValueError(f'modality_weights: {sorted(unknown)}; allowed: '
+                       f'{", ".join(modality.PARTS)}.')
+    if self.modality_weights and (
+        self.inner_mlp_norm or self.qkv_bias == 'qv'):
+      raise ValueError('modality_weights: not with inner_mlp_norm or with '
+                       "qkv_bias 'qv'.")
     if self.head_dim is None and self.width % self.heads:
       raise ValueError(f'heads: {self.heads} does not divide width '
                        f'{self.width}; choose a divisor or give head_dim.')
@@ -122,11 +135,12 @@ class RMSNorm(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, pair=None):
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     x = x.astype(jnp.float32)
     x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-    return x.astype(self.dtype) * _over_last(scale.astype(self.dtype), x)
+    scale = _spread(scale.astype(self.dtype), x, 'scale', pair)
+    return x.astype(self.dtype) * scale
 
 
 class LayerNorm(nn.Module):
@@ -135,19 +149,31 @@ class LayerNorm(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, pair=None):
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
     x = x.astype(jnp.float32)
     x -= jnp.mean(x, axis=-1, keepdims=True)
     x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-    x = x * _over_last(scale, x) + _over_last(bias, x)
+    x = x * _spread(scale, x, 'scale', pair) + _spread(bias, x, 'bias', pair)
     return x.astype(self.dtype)
 
 
-def _over_last(vector, x):
-  """Lets a vector broadcast along the last axis of `x`, explicitly."""
-  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+def _spread(vector, x, name=None, pair=None):
+  """Lets a vector broadcast along the last axis of `x`, explicitly.
+
+  Args:
+    vector: of the last axis.
+    x: [B, T, ...] or, without a pair, of any axes.
+    name: of the vector in the pair's parameters.
+    pair: (a norm's second parameters, routes of `modality.route`): each slot
+      has the vector of its modality.
+  """
+  if pair is None:
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+  second, routes = pair
+  return modality.choose(vector, second[name].astype(vector.dtype),
+                         routes['visual'])
 
 
 def quick_gelu(x):
@@ -181,22 +207,38 @@ def _fan_in_init(config):
               mlp=config.width ** -0.5, mlp_out=config.hidden ** -0.5)
 
 
+def _dispatch(module, pair, names, function, x_BT):
+  """`modality.apply` with maps of a module and those of a second set."""
+  second, routes = pair
+  both = jax.tree.map(
+      lambda leaf: leaf.astype(module.config.dtype),
+      [{name: tree[name] for name in names}
+       for tree in (module.variables['params'], second)])
+  return modality.apply(function, x_BT, *both, routes)
+
+
 class SelfAttention(nn.Module):
   """Grouped-query self-attention, with rotary positions where configured."""
   config: StackConfig
 
   @nn.compact
-  def __call__(self, x_BTD, mask, positions_BT, cache, adapters=None):
+  def __call__(self, x_BTD, mask, positions_BT, cache, adapters=None,
+               pair=None):
     c = self.config
     std = INITS[c.init](c)
     project = functools.partial(
         nn.DenseGeneral, dtype=c.dtype, use_bias=bool(c.qkv_bias),
         kernel_init=nn.initializers.normal(std['attention']))
-    q = project((c.heads, c.H), name='query')(x_BTD)
-    k = project((c.K, c.H), use_bias=c.qkv_bias is True, name='key')(x_BTD)
-    v = project((c.K, c.H), name='value')(x_BTD)
-    q, k, v = (lora.add(y, x_BTD, adapters, f'attention/{name}')
-               for y, name in ((q, 'query'), (k, 'key'), (v, 'value')))
+    if pair is None:
+      q = project((c.heads, c.H), name='query')(x_BTD)
+      k = project((c.K, c.H), use_bias=c.qkv_bias is True, name='key')(x_BTD)
+      v = project((c.K, c.H), name='value')(x_BTD)
+      q, k, v = (lora.add(y, x_BTD, adapters, f'attention/{name}')
+                 for y, name in ((q, 'query'), (k, 'key'), (v, 'value')))
+    else:
+      names = 'query', 'key', 'value'
+      q, k, v = _dispatch(self, pair, names, lambda linear, x: tuple(
+          linear(name, x) for name in names), x_BTD)
     if c.query_key_norm:
       norm = functools.partial(NORMS[c.norm], c.norm_eps, c.dtype)
       q, k = norm(name='query_norm')(q), norm(name='key_norm')(k)
@@ -214,6 +256,9 @@ class SelfAttention(nn.Module):
     if c.inner_attention_norm:
       norm = NORMS[c.norm](c.norm_eps, c.dtype, name='norm')
       out = norm(out.reshape(*out.shape[:2], -1)).reshape(out.shape)
+    if pair is not None:
+      return _dispatch(self, pair, ('out',), lambda linear, x: linear(
+          'out', x), out), cache
     change = nn.DenseGeneral(
         c.width, axis=(-2, -1), dtype=c.dtype, use_bias=c.out_bias,
         kernel_init=nn.initializers.normal(std['attention_out']),
@@ -226,24 +271,33 @@ class Mlp(nn.Module):
   config: StackConfig
 
   @nn.compact
-  def __call__(self, x_BTD, adapters=None):
+  def __call__(self, x_BTD, adapters=None, pair=None):
     c = self.config
     std = INITS[c.init](c)
-    dense = functools.partial(nn.Dense, dtype=c.dtype, use_bias=c.mlp_bias)
-    widen = lambda name: lora.add(
-        dense(c.hidden, kernel_init=nn.initializers.normal(std['mlp']),
-              name=name)(x_BTD), x_BTD, adapters, f'mlp/{name}')
-    up = widen('up')
-    if c.mlp == 'swiglu':
-      h_BTF = jax.nn.silu(widen('gate')) * up
-    else:
-      h_BTF = ACTIVATIONS[c.mlp](up)
-    h_BTF = partition.constrain(h_BTF, 'batch', 'length', 'hidden')
-    if c.inner_mlp_norm:
-      h_BTF = NORMS[c.norm](c.norm_eps, c.dtype, name='norm')(h_BTF)
-    change = dense(c.width, kernel_init=nn.initializers.normal(std['mlp_out']),
-                   name='down')(h_BTF)
-    return lora.add(change, h_BTF, adapters, 'mlp/down')
+
+    def compute(linear, x):
+      up = linear('up', x)
+      if c.mlp == 'swiglu':
+        h = jax.nn.silu(linear('gate', x)) * up
+      else:
+        h = ACTIVATIONS[c.mlp](up)
+      if pair is None:
+        h = partition.constrain(h, 'batch', 'length', 'hidden')
+      if c.inner_mlp_norm:
+        h = NORMS[c.norm](c.norm_eps, c.dtype, name='norm')(h)
+      return linear('down', h)
+
+    def linear(name, x):
+      width, scale = ((c.width, std['mlp_out']) if name == 'down'
+                      else (c.hidden, std['mlp']))
+      y = nn.Dense(width, dtype=c.dtype, use_bias=c.mlp_bias,
+                   kernel_init=nn.initializers.normal(scale), name=name)(x)
+      return lora.add(y, x, adapters, f'mlp/{name}')
+
+    if pair is None:
+      return compute(linear, x_BTD)
+    names = ('up', 'down', *('gate',) * (c.mlp == 'swiglu'))
+    return _dispatch(self, pair, names, compute, x_BTD)
 
 
 class Block(nn.Module):
@@ -251,10 +305,14 @@ class Block(nn.Module):
   config: StackConfig
 
   @nn.compact
-  def __call__(self, x_BTD, mask, positions_BT, cache, adapters=None):
+  def __call__(self, x_BTD, mask, positions_BT, cache, adapters=None,
+               routes=None):
     c = self.config
+    # Without slots of pictures the first set serves all.
+    second = self.get_variable('params', 'visual') if routes else {}
+    pair = lambda name: (second[name], routes) if name in second else None
     norm = lambda name, x: NORMS[c.norm](
-        c.norm_eps, c.dtype, name=f'{name}_norm')(x)
+        c.norm_eps, c.dtype, name=f'{name}_norm')(x, pair(f'{name}_norm'))
     before = lambda name, x: norm(name, x) if c.placement == 'pre' else x
     def after(name, change):
       if c.placement == 'post':
@@ -262,12 +320,13 @@ class Block(nn.Module):
       if c.layer_scale is not None:
         init = nn.initializers.constant(c.layer_scale)
         scale = self.param(f'{name}_scale', init, (c.width,))
-        change *= _over_last(scale.astype(c.dtype), change)
+        change *= _spread(scale.astype(c.dtype), change)
       return change
     change, cache = SelfAttention(c, name='attention')(
-        before('attention', x_BTD), mask, positions_BT, cache, adapters)
+        before('attention', x_BTD), mask, positions_BT, cache, adapters,
+        pair('attention'))
     x_BTD = x_BTD + after('attention', change)
-    change = Mlp(c, name='mlp')(before('mlp', x_BTD), adapters)
+    change = Mlp(c, name='mlp')(before('mlp', x_BTD), adapters, pair('mlp'))
     x_BTD = x_BTD + after('mlp', change)
     return partition.constrain(x_BTD, 'batch', 'length', 'width'), cache
 
@@ -278,7 +337,7 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, mask, positions_BT=None, cache=None, taps=(),
-               adapters=None):
+               adapters=None, visual_BT=None):
     """Runs all blocks, then the final norm.
 
     Args:
@@ -290,7 +349,10 @@ class Stack(nn.Module):
       cache: from `init_cache`, or from the `out` of an earlier call.
       taps: layers whose output is asked for: 0 is the input, 1 the output of
         the first block, ... (before the final norm).
-      adapters: `lora.Adapters` of all layers, if the blocks have any.
+      adapters: `lora.Adapters` of all layers, if the blocks have any; not
+        beside `modality_weights`.
+      visual_BT: bool, slots of pictures; None for none. Read only if the
+        config has `modality_weights`.
 
     Returns:
       ([B, T, D], out) with out['taps'] = {tap: [B, T, D]}, out['cache'] if a
@@ -309,11 +371,13 @@ class Stack(nn.Module):
       raise ValueError(f'Stack: taps {taps}; allowed: 0 to {c.layers}.')
 
     blocks = self.param('blocks', _init_blocks, c), adapters
+    routes = (modality.route(visual_BT)
+              if c.modality_weights and visual_BT is not None else None)
     x_BTD = x_BTD.astype(c.dtype)
     tapped = {0: x_BTD} if 0 in taps else {}
     run = _run_unrolled if c.unroll else _run_scanned
     x_BTD, written, found = run(c, blocks, x_BTD, mask, positions_BT, cache,
-                                sorted({*taps} - {0}))
+                                routes, sorted({*taps} - {0}))
     if c.final_norm:
       x_BTD = NORMS[c.norm](c.norm_eps, c.dtype, name='final_norm')(x_BTD)
     out = {'taps': tapped | found}
@@ -364,34 +428,38 @@ def _init_blocks(rng, config):
     root_L = jnp.sqrt(2 * jnp.arange(1.0, config.layers + 1))
     for part in (blocks['attention']['out'], blocks['mlp']['down']):
       part['kernel'] /= root_L.reshape(-1, *(1,) * (part['kernel'].ndim - 1))
+  if config.modality_weights:
+    blocks['visual'] = modality.copied(blocks, config.modality_weights)
   return blocks
 
 
 def _block_function(config):
-  def apply(block, x_BTD, mask, positions_BT, cache):
+  def apply(block, x_BTD, mask, positions_BT, cache, routes):
     params, adapters = block
     return Block(config, parent=None).apply(
-        {'params': params}, x_BTD, mask, positions_BT, cache, adapters)
+        {'params': params}, x_BTD, mask, positions_BT, cache, adapters, routes)
   if config.remat:
     # Inside a scan XLA cannot merge the two passes, so it need not be fenced.
     apply = jax.checkpoint(apply, prevent_cse=config.unroll)
   return apply
 
 
-def _run_unrolled(config, blocks, x_BTD, mask, positions_BT, caches, taps):
+def _run_unrolled(config, blocks, x_BTD, mask, positions_BT, caches, routes,
+                  taps):
   apply = _block_function(config)
   written, tapped = [], {}
   for layer in range(config.layers):
     block = jax.tree.map(operator.itemgetter(layer), blocks)
     x_BTD, cache = apply(block, x_BTD, mask, positions_BT,
-                         caches[layer] if caches else None)
+                         caches[layer] if caches else None, routes)
     written.append(cache)
     if layer + 1 in taps:
       tapped[layer + 1] = x_BTD
   return x_BTD, tuple(written), tapped
 
 
-def _run_scanned(config, blocks, x_BTD, mask, positions_BT, cache, taps):
+def _run_scanned(config, blocks, x_BTD, mask, positions_BT, cache, routes,
+                 taps):
   """One scan: cache and taps travel in the carry, updated in place.
 
   A scan from tap to tap would be compiled as often as there are taps, and
@@ -407,7 +475,7 @@ def _run_scanned(config, blocks, x_BTD, mask, positions_BT, cache, taps):
     x_BTD, stacked, kept = carry
     block, layer, slot = scanned
     cache = jax.tree.map(lambda leaf: leaf[layer], stacked)
-    x_BTD, cache = apply(block, x_BTD, mask, positions_BT, cache)
+    x_BTD, cache = apply(block, x_BTD, mask, positions_BT, cache, routes)
     stacked = jax.tree.map(
         lambda leaf, new: leaf.at[layer].set(new), stacked, cache)
     if taps:
