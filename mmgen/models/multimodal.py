@@ -365,6 +365,9 @@ VISION = {
         patch_embedding.linear_flops),
     'eve': Vision(patch_embedding.EveConfig, patch_embedding.Eve,
                   patch_embedding.eve_flops),
+    'conv_patches': Vision(
+        patch_embedding.ConvPatchesConfig, patch_embedding.ConvPatches,
+        patch_embedding.conv_flops),
     'vit': Vision(
         vision_encoder.VisionEncoderConfig, vision_encoder.VisionEncoder,
         lambda config, _: vision_encoder.flops(config, pooled=False)),

@@ -1,11 +1,11 @@
-"""Pictures to embeddings without an encoder: linear patches, EVE's layer.
+"""Pictures to embeddings without an encoder: linear patches, EVE's layers.
 
-Both return for each picture a table of P embeddings, from which the layout
+All return for each picture a table of P embeddings, from which the layout
 (`data/layout.py`) picks those that get a slot in the sequence:
 
   linear patches (Fuyu-8B)   the cells of the grid, row by row
   EVE's patch embedding      a class embedding; then for each row of the grid
-  layer                      its cells and one split embedding
+  layer, EVEv2's             its cells and one split embedding
 
 Tables always describe the full grid, padding included, so shapes are static;
 `image_box` says which cells are picture. EVE's class embedding looks at those
@@ -159,12 +159,7 @@ class Eve(nn.Module):
     class_embedding = self._global(cells, valid)
 
     split = self.param('split_embedding', nn.initializers.normal(1), (c.width,))
-    split = jnp.broadcast_to(split.astype(c.dtype)[None, None, None],
-                             (len(cells), grid.rows, 1, c.width))
-    rows = cells.reshape(-1, grid.rows, grid.cols, c.width)
-    rows = jnp.concatenate([rows, split], axis=2)
-    table = jnp.concatenate(
-        [class_embedding, rows.reshape(len(rows), -1, c.width)], axis=1)
+    table = _table(class_embedding, cells, split.astype(c.dtype), grid)
     by_row = lambda x: x.reshape(*images_BIYXC.shape[:2], -1, c.width)
     return by_row(table), {'patches': patches_BIPD, 'cells': by_row(cells),
                            'class': by_row(class_embedding)}
@@ -173,9 +168,7 @@ class Eve(nn.Module):
     """CA1: the average of each cell reads the raw patches of that cell."""
     c = self.config
     B, Y, X, D = patches_BYXD.shape
-    blocks = patches_BYXD.reshape(
-        B, Y // c.pool, c.pool, X // c.pool, c.pool, D).swapaxes(2, 3)
-    blocks = blocks.reshape(-1, c.pool * c.pool, D)
+    blocks = _blocks(patches_BYXD, c.pool).reshape(-1, c.pool * c.pool, D)
     cells = jnp.mean(blocks, axis=1, keepdims=True)
     if c.local_attention:
       cells = CrossAttention(c, name='local_attention')(
@@ -192,6 +185,64 @@ class Eve(nn.Module):
       return query
     return CrossAttention(c, name='global_attention')(
         query, cells_BPD, attention.Mask(valid_BS=valid_BP))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvPatchesConfig:
+  """EVEv2's patch embedding (arXiv 2502.06788, section 3; released code).
+
+  Attributes:
+    width: width D of an embedding; the decoder's, as nothing follows.
+    hidden: channels between the two convolutions.
+    patch: pixels along each edge of what the first one reads.
+    pool: results along each edge of what the second one reads.
+    mean, std: of the pixels in 0..1, by channel.
+    dtype: compute dtype.
+  """
+  width: int
+  hidden: int = 1024
+  patch: int = 16
+  pool: int = 2
+  mean: tuple[float, float, float] = vision_encoder.CLIP_MEAN
+  std: tuple[float, float, float] = vision_encoder.CLIP_STD
+  dtype: str = 'float32'
+
+  def image_layout(self, image_size):
+    """The slots of a picture of `image_size` (rows, columns) pixels."""
+    rows, cols = _grid(image_size, self.patch * self.pool,
+                       'vision.patch * vision.pool')
+    return layout.ImageLayout(rows, cols, class_slot=True, newline='table')
+
+
+class ConvPatches(nn.Module):
+  """Two convolutions that do not overlap, an exact GELU between them.
+
+  Cells do not see each other; class and split embeddings are learned vectors
+  and nothing else. All starts as in PyTorch, class and split at N(0, 1).
+  """
+  config: ConvPatchesConfig
+
+  @nn.compact
+  def __call__(self, images_BIYXC, image_box_BI4):
+    """Returns (table_BIPD, out) of uint8 pictures; see the head of the file."""
+    del image_box_BI4  # cells do not see each other
+    c = self.config
+    grid = c.image_layout(images_BIYXC.shape[2:4])
+    def dense(name, width, x):
+      return nn.Dense(width, dtype=c.dtype, kernel_init=torch_kernel,
+                      bias_init=torch_bias(x.shape[-1]), name=name)(x)
+    patches = jax.nn.gelu(dense('patch_embedding', c.hidden, _patches(
+        images_BIYXC, c)), approximate=False)
+    blocks = _blocks(patches.reshape(
+        -1, grid.rows * c.pool, grid.cols * c.pool, c.hidden), c.pool)
+    cells = dense('cell_embedding', c.width, blocks.reshape(
+        len(blocks), grid.rows * grid.cols, -1))
+    first, split = (
+        self.param(name, nn.initializers.normal(1), (c.width,)).astype(c.dtype)
+        for name in ('class_embedding', 'split_embedding'))
+    first = jnp.broadcast_to(first[None, None], (len(cells), 1, c.width))
+    by_row = lambda x: x.reshape(*images_BIYXC.shape[:2], -1, c.width)
+    return by_row(_table(first, cells, split, grid)), {'cells': by_row(cells)}
 
 
 class CrossAttention(nn.Module):
@@ -237,6 +288,14 @@ def linear_flops(config, image_size):
   return 2 * cells * 3 * config.patch ** 2 * config.width
 
 
+def conv_flops(config, image_size):
+  """Forward FLOPs of both convolutions for one picture, 2 per multiply-add."""
+  c = config
+  grid = c.image_layout(image_size)
+  raw = c.pool ** 2 * c.hidden
+  return 2 * grid.rows * grid.cols * raw * (3 * c.patch ** 2 + c.width)
+
+
 def eve_flops(config, image_size):
   """Forward FLOPs of EVE's layer for one picture, 2 per multiply-add.
 
@@ -263,6 +322,22 @@ def _patches(images_BIYXC, config):
   patches = vision_encoder.patchify(pixels, config.patch)
   patches = patches.reshape(*images_BIYXC.shape[:2], *patches.shape[1:])
   return partition.constrain(patches, 'batch', None, 'patches', None)
+
+
+def _blocks(x_BYXD, pool):
+  """Side by side what a cell covers: [B, Y / pool, X / pool, pool, pool, D]."""
+  B, Y, X, D = x_BYXD.shape
+  return x_BYXD.reshape(
+      B, Y // pool, pool, X // pool, pool, D).swapaxes(2, 3)
+
+
+def _table(class_B1D, cells_BPD, split_D, grid):
+  """The class embedding, then each row of cells and a split embedding."""
+  B, _, D = cells_BPD.shape
+  split = jnp.broadcast_to(split_D[None, None, None], (B, grid.rows, 1, D))
+  rows = jnp.concatenate(
+      [cells_BPD.reshape(B, grid.rows, grid.cols, D), split], axis=2)
+  return jnp.concatenate([class_B1D, rows.reshape(B, -1, D)], axis=1)
 
 
 def _grid(image_size, cell, name):

@@ -166,6 +166,19 @@ def test_eve_7b_has_its_parameters_and_flops():
     assert abs(total / published - 1) < 0.02
 
 
+def test_eve_v2_has_its_parameters_and_slots():
+  config = patch_embedding.ConvPatchesConfig(3584)
+  shapes = jax.ShapeDtypeStruct((1, 1, 64, 32, 3), jnp.uint8)
+  assert _count(patch_embedding.ConvPatches(config), shapes,
+                jnp.zeros((1, 1, 4), jnp.int32)) == 15_478_272
+  for size, cells in ((800, 625), (1600, 2500)):
+    grid = config.image_layout((size, size))
+    assert (grid.rows * grid.cols, grid.table_size) == (
+        cells, 1 + cells + size // 32)
+    assert patch_embedding.conv_flops(config, (size, size)) == 2 * cells * (
+        4 * 768 * 1024 + 4 * 1024 * 3584)
+
+
 def test_flops_by_hand():
   linear = patch_embedding.LinearPatchesConfig(width=7, patch=2)
   assert patch_embedding.linear_flops(linear, (4, 6)) == 2 * 6 * 12 * 7
