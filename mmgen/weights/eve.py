@@ -1,14 +1,15 @@
-"""EVE-7B and EVE-7B-HD as their authors write them (arXiv 2406.11832).
+"""EVE and EVEv2 as their authors write them (arXiv 2406.11832, 2502.06788).
 
-  eve           patch embedding layer, connector, Vicuna
+  eve           EVE-7B, EVE-7B-HD: patch embedding layer, connector, Vicuna
   eve_aligned   the same, and the patch aligning layer of training, which
                 becomes the part 'aligner' of `objectives/alignment.py`
+  eve_v2        EVE-7B-HD-v2.0: Qwen2 with a second set of weights in each block
 
-Both models have the same tensors. Files of training hold the frozen CLIP as
+EVE-7B and HD have the same tensors. Files of training hold the frozen CLIP as
 well, twice; it is the published one and is not read: take a teacher from its
-own file. Pictures are as a preprocessor_config.json beside the tensors says, or
-as the name of one in config.json ends ('...-1344'), else those of EVE-7B, 24
-cells on each side.
+own file. Pictures are as a preprocessor_config.json beside the tensors says.
+Without one they are as the name of it in config.json ends ('...-1344'), else
+those of EVE-7B, 24 cells on each side; EVEv2's then have the area of 50 x 50.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from mmgen import errors
 from mmgen.models import alignment
 from mmgen.models import connector
+from mmgen.models import modality
 from mmgen.models import multimodal
 from mmgen.models import patch_embedding
 from mmgen.weights import decoders
@@ -33,6 +35,11 @@ _PROJECTOR = ('model.mm_projector.0', 'model.mm_projector.2')
 _ALIGNER = 'model.vision_tower_compressor.'
 _CLIP = (r'model\.vision_clip\..*',
          r'model\.vision_tower_compressor\.clip_layer\..*')
+# EVEv2: names that a mark begins, and one of each part that may be doubled.
+_MARKED = (r'(\.)((?:[qkvo]_proj|mlp|input_layernorm|post_attention_layernorm)'
+           r'\.)')
+_PARTS = {'norms': 'moe_input_layernorm', 'attention': 'self_attn.moe_q_proj',
+          'mlp': 'moe_mlp.up_proj'}
 # The reference has one number of heads and of layers between taps.
 _HEADS, _INTERVAL = 8, 4
 
@@ -86,6 +93,32 @@ def _aligned_rules(config):
   return made
 
 
+def _v2_rules(config):
+  ours, c = 'decoder/stack/blocks/', config.vision
+  made = [
+      *layout.patches('vision/patch_embedding', f'{_TOWER}patch_embedding.0',
+                      c.patch),
+      *layout.patches('vision/cell_embedding', f'{_TOWER}patch_embedding.2',
+                      c.pool),
+      layout.same('vision/class_embedding', f'{_TOWER}class_embedding'),
+      layout.same('vision/split_embedding', f'{_TOWER}split_embedding')]
+  first = decoders.rules(config.decoder, decoders.PLAIN)
+  # The second set has the names of the first, each with a mark.
+  second = [dataclasses.replace(
+      rule, ours=tuple(name.replace(ours, f'{ours}visual/') for name in
+                       rule.ours),
+      theirs=tuple(re.sub(_MARKED, r'\1moe_\2', name) for name in rule.theirs))
+            for rule in first if rule.ours[0].startswith(_doubled(config))]
+  return made + first + second
+
+
+def _doubled(config):
+  """Beginnings of our names that have a second set."""
+  return tuple(
+      f'decoder/stack/blocks/{name}/' for part in
+      config.decoder.modality_weights for name in modality.PARTS[part])
+
+
 # ---------------------------------------------------------------------------
 # Which model it is
 
@@ -122,6 +155,47 @@ def _recognise(tensors, beside, said, aligned):
           layers=text.layers, decoder_width=text.width, heads=_HEADS,
           width=decoders.shape(tensors, f'{_ALIGNER}input_layer.weight')[0],
           interval=_INTERVAL))))
+
+
+def _recognise_v2(tensors, beside, said):
+  """The `MultimodalConfig`, or None."""
+  if f'{_TOWER}patch_embedding.2.weight' not in tensors:
+    return None
+  own = beside.get('config.json', {})
+  own = own if own.get('model_type') else {}
+  sizes = decoders.sizes(tensors, decoders.PLAIN, own)
+  if sizes is None:
+    return None
+  if own.get('model_type') not in (None, 'eve-qwen2'):
+    raise errors.UserError(f'config.json has model_type {own["model_type"]!r}, '
+                           "and the tensors have the names of an 'eve-qwen2'.")
+  known = decoders.settle(
+      decoders.known(sizes, own, ('qwen2.5-7b',)), said, decoders.SAYABLE)
+  block = decoders.PLAIN.block
+  parts = tuple(part for part, name in _PARTS.items() if decoders.any_of(
+      tensors, f'{block}{name}.weight'))
+  text = dataclasses.replace(decoders.config(sizes, known),
+                             modality_weights=parts)
+  shape = functools.partial(decoders.shape, tensors, axes=4)
+  hidden, _, patch, _ = shape(f'{_TOWER}patch_embedding.0.weight')
+  return decoders.make(multimodal.MultimodalConfig, dict(
+      decoder=text, connector=connector.ConnectorConfig('identity', text.width),
+      vision=decoders.make(patch_embedding.ConvPatchesConfig, dict(
+          width=text.width, hidden=hidden, patch=patch,
+          pool=shape(f'{_TOWER}patch_embedding.2.weight')[-1])
+                           | llava.pixels(beside))))
+
+
+def _image_v2(config, beside):
+  """As in evaluation; the canvas holds shapes of up to 4 to 1."""
+  own = beside.get('preprocessor_config.json', {})
+  cell = config.vision.patch * config.vision.pool
+  side = 2 * own.get('max_size', 50 * cell)
+  if side % cell:
+    raise errors.UserError(f'preprocessor_config.json has max_size {side // 2};'
+                           f' twice of it must be a multiple of {cell}.')
+  return dict(size=(side, side), fit='area_up', kernel='bicubic',
+              mean=config.vision.mean, std=config.vision.std)
 
 
 def _build(config, dtype):
@@ -163,4 +237,7 @@ LAYOUTS = {
         recognise=functools.partial(_recognise, aligned=True),
         build=_build, rules=_aligned_rules, image=_image,
         ignored=(*decoders.BUFFERS, *_CLIP)),
+    'eve_v2': layout.Layout(
+        recognise=_recognise_v2, build=decoders.build, rules=_v2_rules,
+        image=_image_v2, ignored=decoders.BUFFERS),
 }

@@ -1,4 +1,4 @@
-"""EVE-7B from files as its authors write them, and back.
+"""EVE and EVEv2 from files as their authors write them, and back.
 
 The files are made here of the arrays in `golden/`, which hold weights under the
 names of the released files, those of training included, and what EVE's own
@@ -166,3 +166,102 @@ def test_what_is_wrong_is_said(tmp_path):
                'local_attention.kv.1.weight is [31, 16], not [32, 16]'):
     assert part in str(caught.value)
   assert str(caught.value).count(';') == 1
+
+
+# ---------------------------------------------------------------------------
+# EVEv2
+
+
+V2 = {'eve_v2': dict(model_type='eve-qwen2', num_attention_heads=3,
+                     rms_norm_eps=1e-6, rope_theta=1e6, add_moe=True),
+      'eve_v2_parts': dict(model_type='eve-qwen2', num_attention_heads=5,
+                           rms_norm_eps=1e-3, rope_theta=100.0)}
+
+
+@pytest.mark.parametrize('name', V2)
+def test_import_of_both_sets(name, tmp_path):
+  # That these give the reference's outputs is seen in test_eve_v2.py.
+  _, tensors = reference.load(name)
+  loaded = weights.load(published_files.save(tmp_path / 'in', tensors,
+                                             V2[name]))
+  assert loaded.layout == 'eve_v2'
+  c = loaded.model.config
+  assert c.decoder.modality_weights == (
+      ('norms', 'attention', 'mlp') if name == 'eve_v2'
+      else ('attention', 'mlp'))
+  assert (c.vision.patch, c.vision.pool, c.vision.hidden) == (
+      (3, 2, 14) if name == 'eve_v2' else (4, 2, 10))
+  blocks = loaded.params['decoder']['stack']['blocks']
+  for of, mark in ((blocks, ''), (blocks['visual'], 'moe_')):
+    for i in range(c.decoder.layers):
+      block = f'model.layers.{i}.'
+      np.testing.assert_array_equal(
+          of['mlp']['down']['kernel'][i],
+          tensors[f'{block}{mark}mlp.down_proj.weight'].T)
+      np.testing.assert_array_equal(
+          of['attention']['key']['bias'][i].ravel(),
+          tensors[f'{block}self_attn.{mark}k_proj.bias'])
+      if 'attention_norm' in of:
+        np.testing.assert_array_equal(
+            of['attention_norm']['scale'][i],
+            tensors[f'{block}{mark}input_layernorm.weight'])
+  assert ('mlp_norm' in blocks['visual']) == (name == 'eve_v2')
+
+
+@pytest.mark.parametrize('name, dtype', [
+    (list(V2)[i % 2], dtype) for i, dtype in enumerate(published_files.DTYPES)])
+def test_export_of_both_sets_is_identical(name, dtype, tmp_path):
+  published_files.round_trip(reference.load(name)[1], tmp_path, V2[name],
+                             'eve_v2', dtype)
+
+
+def test_eve_v2():
+  text = decoder.sized('qwen2.5-7b',
+                       modality_weights=('norms', 'attention', 'mlp'))
+  config = multimodal.MultimodalConfig(
+      text, patch_embedding.ConvPatchesConfig(text.width),
+      connector.ConnectorConfig('identity', text.width))
+  tensors, count = published_files.shapes('eve_v2', config)
+  assert count == 14_156_712_960
+  D, F, block, tower = 3584, 18944, 'model.layers.27.', 'model.vision_tower.'
+  wanted = {
+      'lm_head.weight': (152064, D), f'{tower}class_embedding': (D,),
+      f'{tower}split_embedding': (D,),
+      f'{tower}patch_embedding.0.weight': (1024, 3, 16, 16),
+      f'{tower}patch_embedding.0.bias': (1024,),
+      f'{tower}patch_embedding.2.weight': (D, 1024, 2, 2),
+      f'{tower}patch_embedding.2.bias': (D,)}
+  for mark in ('', 'moe_'):
+    wanted |= {f'{block}{part}': shape for part, shape in {
+        f'self_attn.{mark}q_proj.weight': (D, D),
+        f'self_attn.{mark}q_proj.bias': (D,),
+        f'self_attn.{mark}k_proj.weight': (512, D),
+        f'self_attn.{mark}v_proj.bias': (512,),
+        f'self_attn.{mark}o_proj.weight': (D, D),
+        f'{mark}mlp.gate_proj.weight': (F, D),
+        f'{mark}mlp.down_proj.weight': (D, F),
+        f'{mark}input_layernorm.weight': (D,),
+        f'{mark}post_attention_layernorm.weight': (D,)}.items()}
+  assert wanted == {name: tensors[name].shape for name in wanted}
+  of_block = [x for name, x in tensors.items() if name.startswith(block)]
+  assert sum(np.prod(x.shape) for x in of_block) == 2 * 233_057_792
+  for own in {}, V2['eve_v2'] | dict(num_attention_heads=28):
+    assert published_files.recognised(
+        tensors, {'config.json': own}) == ('eve_v2', config)
+  for parts in ('norms',), ('mlp',), ():  # as EVEv2's ablations have them
+    fewer = dataclasses.replace(config, decoder=dataclasses.replace(
+        text, modality_weights=parts))
+    assert published_files.recognised(published_files.shapes(
+        'eve_v2', fewer)[0]) == ('eve_v2', fewer)
+  image = weights.FAMILIES['eve_v2'].image
+  assert image(config, {}) == dict(
+      size=(3200, 3200), fit='area_up', kernel='bicubic',
+      mean=vision_encoder.CLIP_MEAN, std=vision_encoder.CLIP_STD)
+  of = lambda edge: image(config, {
+      'preprocessor_config.json': dict(max_size=edge)})
+  assert of(800)['size'] == (1600, 1600)
+  with pytest.raises(errors.UserError, match='max_size 777; twice of it must'):
+    of(777)
+  with pytest.raises(errors.UserError, match="'eve', and the tensors have the"):
+    published_files.recognised(
+        tensors, {'config.json': dict(model_type='eve')})
