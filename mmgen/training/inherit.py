@@ -31,6 +31,8 @@ ALL = 'all'
 _VOCABULARY = re.compile(r'(^|/)(embedding|head/kernel)$')
 # A head that pools, above a tower: one that is read patch by patch has none.
 _POOLING = re.compile(r'[^/]+/head/(probe|query|key|value|out|norm|mlp)(/|$)')
+# Of blocks with `modality_weights`.
+_SECOND = re.compile(r'/visual/')
 # What no name and no shape shows of a tower, and changes all that it gives.
 _UNSEEN = ('mlp', 'norm', 'norm_eps', 'placement', 'rope_grid', 'rope_theta',
            'causal', 'mean', 'std', 'alpha')
@@ -79,6 +81,7 @@ def inherit(params, parents, mesh, sources=None, configs=None):
     source = (sources or {}).get(part, part)
     parent = (_open_run if _is_run(folder) else _open_weights)(
         folder, part, source, mesh, configs or {})
+    parent = _with_second_set(parent, wanted)
     lines, misfits = _compare(wanted, parent, folder)
     wrong += misfits
     taken = lines['copied'] + lines['grown']
@@ -327,6 +330,25 @@ def _differences(config, here):
         if there != value:
           lines.append(f'{part}.{field} is {there!r} there, {value!r} here')
   return lines
+
+
+def _with_second_set(parent, wanted):
+  """A second set of weights that the parent lacks is a copy of its first.
+
+  So EVEv2 starts from a decoder of words (arXiv 2502.06788, released code).
+  """
+  first = {name: re.sub(_SECOND, '/', name) for name in wanted
+           if name not in parent.found}
+  first = {name: old for name, old in first.items() if old in parent.found}
+  def read(names):
+    found = parent.read(sorted({first.get(name, name) for name in names}))
+    # Copies of their own: a step gives its arrays away, each once.
+    return {name: jnp.copy(found[first[name]]) if name in first
+            else found[name] for name in names}
+  more = lambda kept: kept | {name: kept[old] for name, old in first.items()
+                              if old in kept}
+  return dataclasses.replace(parent, found=more(parent.found), read=read,
+                             tensors=more(parent.tensors))
 
 
 # ---------------------------------------------------------------------------

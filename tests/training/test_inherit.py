@@ -70,6 +70,23 @@ def test_a_part_is_taken_and_the_rest_left_alone(parent):
                  'decoder/mlp/up/kernel']}}
 
 
+def test_a_second_set_starts_as_the_first(parent):
+  fresh = _params(0.0, **{'decoder/visual/mlp/up/kernel': (2, 8, 8)})
+  params, report = inherit.inherit(fresh, {'decoder': parent}, _mesh())
+  first, second = (params[f'decoder/{part}mlp/up/kernel']
+                   for part in ('', 'visual/'))
+  np.testing.assert_array_equal(first, second)
+  assert np.all(first == 1) and first.sharding == second.sharding
+  # Not one array twice: a step could not give it away.
+  assert (first.addressable_shards[0].data.unsafe_buffer_pointer()
+          != second.addressable_shards[0].data.unsafe_buffer_pointer())
+  assert 'decoder/visual/mlp/up/kernel' in report['decoder']['copied']
+  with pytest.raises(errors.UserError, match='visual/mlp/up/kernel is .*8, 9'):
+    inherit.inherit(fresh | _params(0.0, **{
+        'decoder/visual/mlp/up/kernel': (2, 8, 9)}), {'decoder': parent},
+                    _mesh())
+
+
 def test_a_part_of_another_name(parent):
   fresh = {name.replace('vision/', 'teacher/'): leaf
            for name, leaf in _params(0.0).items()}
