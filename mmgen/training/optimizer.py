@@ -34,6 +34,8 @@ class Options:
     clip: bound of the gradient's global norm, or None.
     groups: {name: fields of a `groups.Group`}.
     accumulate: microbatches of a step.
+    denominators: whether a loss is averaged over the 'batch' or over each
+      'microbatch' first; see `step`, which alone reads it.
     bias_correction, trust_clip, always_adapt: see `lamb`, which alone reads
       them.
   """
@@ -52,6 +54,7 @@ class Options:
   clip: float | None = None
   groups: object = dataclasses.field(default_factory=dict)
   accumulate: int = 1
+  denominators: str = 'batch'
   bias_correction: str = 'moments'
   trust_clip: tuple | None = None
   always_adapt: bool = False

@@ -18,7 +18,11 @@ An objective is an object with
 
 The total is the sum over names of coefficient * sum / denominator, with the
 denominators of the global batch, so that a step in microbatches is the step
-of the whole batch.
+of the whole batch. With `optimizer.denominators='microbatch'` it is the mean
+of what each microbatch alone would give: a target weighs more in a microbatch
+that has few. So do data-parallel trainers of PyTorch, whose processes average
+their gradients, and transformers before 4.46 when it accumulates them; 8
+processes that accumulate twice are 16 microbatches here.
 """
 
 import functools
@@ -56,7 +60,8 @@ def make_train_step(objective, optimizer, config, layout=None):
   Args:
     objective: see the head of this file.
     optimizer: (optax.GradientTransformation, schedule).
-    config: the run's config; `seed` and `optimizer.accumulate` are read.
+    config: the run's config; `seed`, `optimizer.accumulate` and
+      `optimizer.denominators` are read.
     layout: NamedShardings of the train state, which the step preserves.
 
   Returns:
@@ -71,7 +76,8 @@ def make_train_step(objective, optimizer, config, layout=None):
 
   Raises:
     UserError: microbatches for an objective that couples examples and cannot
-      be split into an encoder and a loss.
+      be split into an encoder and a loss, or cannot have denominators of
+      microbatches; or a wrong name.
   """
   accumulate = config.optimizer.accumulate
   if accumulate < 1:
@@ -83,6 +89,7 @@ def make_train_step(objective, optimizer, config, layout=None):
         f'config.optimizer.accumulate is {accumulate}, but the loss '
         f'{", ".join(objective.names)} couples all examples of a batch; set '
         'it to 1.')
+  own = _own_denominators(config, objective)
   transform, schedule = optimizer
   project = getattr(objective, 'project', lambda params: params)
 
@@ -90,7 +97,7 @@ def make_train_step(objective, optimizer, config, layout=None):
     params, count = train_state['params'], train_state['step']
     (loss, losses, state, aux), grads = _gradients(
         objective, params, frozen, train_state['state'], batch,
-        step_key(config.seed, count), count, accumulate)
+        step_key(config.seed, count), count, accumulate, own)
     updates, opt = transform.update(grads, train_state['opt'], params)
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -111,16 +118,43 @@ def make_train_step(objective, optimizer, config, layout=None):
                  out_shardings=None if layout is None else (layout, None))
 
 
-def _gradients(objective, params, frozen, state, batch, rng, step, accumulate):
+def _own_denominators(config, objective):
+  """Says whether each microbatch is divided by weights of its own."""
+  found = config.optimizer.get('denominators', DENOMINATORS[0])
+  if found not in DENOMINATORS:
+    raise errors.UserError(
+        f'config.optimizer.denominators is {found!r}; allowed: '
+        f'{", ".join(DENOMINATORS)}.')
+  if found == 'microbatch' and objective.coupled:
+    raise errors.UserError(
+        "config.optimizer.denominators is 'microbatch', but the loss "
+        f'{", ".join(objective.names)} couples all examples of a batch; set '
+        "it to 'batch'.")
+  return found == 'microbatch'
+
+
+DENOMINATORS = ('batch', 'microbatch')
+
+
+def _gradients(objective, params, frozen, state, batch, rng, step, accumulate,
+               own):
   """Returns ((loss, {name: loss}, state, aux), gradients) of a whole batch."""
   if objective.coupled and accumulate > 1:
     return contrastive.gradient_cache(
         objective, params, frozen, state, batch, accumulate, rng)
-  weights = {name: jnp.where(weight > 0, weight, 1.0)
-             for name, weight in objective.weights(batch).items()}
+
+  def denominators(batch):
+    return {name: jnp.where(weight > 0, weight, 1.0)
+            for name, weight in objective.weights(batch).items()}
+
+  whole = denominators(batch)
   batch = _number_rows(batch)
 
   def loss_of(params, state, batch):
+    weights = whole
+    if own:  # of a mean over microbatches, which are summed below
+      weights = {name: accumulate * weight
+                 for name, weight in denominators(batch).items()}
     sums, (state, aux) = objective(params, frozen, state, batch, rng, step)
     losses = {name: sums[name][0] / weights[name] for name in sums}
     total = sum(objective.coefficients[name] * x for name, x in losses.items())

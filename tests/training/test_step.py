@@ -106,6 +106,49 @@ def test_microbatches_equal_the_whole_batch(accumulate, noise):
   np.testing.assert_allclose(whole['state']['seen'], parts['state']['seen'])
 
 
+def test_denominators_of_microbatches_give_a_mean_of_means():
+  batch = _batch()
+  batch['s']['weights'] = batch['s']['weights'].at[::4].set(0)  # a whole one
+  step, state, frozen = _setup(
+      _config(accumulate=4, denominators='microbatch'), Objective())
+
+  def loss(params):
+    total = 0.0
+    for i in range(4):
+      part = {'s': {name: x[i::4] for name, x in batch['s'].items()}}
+      sums, _ = Objective()(params, frozen, {'seen': 0.0}, part, None, 0)
+      weight = jnp.maximum(jnp.sum(part['s']['weights']), 1)
+      total += (sums['square'][0] + 0.1 * sums['size'][0]) / weight / 4
+    return total
+  wanted, grads = jax.value_and_grad(loss)(state['params'])
+  _, metrics = step(state, frozen, batch)
+  np.testing.assert_allclose(metrics['loss'], wanted, rtol=1e-6)
+  norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
+  np.testing.assert_allclose(
+      metrics['loss'], metrics['loss/square'] + 0.1 * metrics['loss/size'],
+      rtol=1e-6)
+  _, whole = _run(_config(accumulate=4), Objective(), 1, [batch])
+  assert abs(wanted / whole[0]['loss'] - 1) > 0.02
+
+
+def test_denominators_of_one_microbatch_are_those_of_the_batch():
+  for found, whole in zip(
+      _run(_config(denominators='microbatch'), Objective(), 1)[1],
+      _run(_config(), Objective(), 1)[1]):
+    assert found == whole
+
+
+def test_wrong_denominators_are_refused():
+  with pytest.raises(errors.UserError, match='denominators is .row.; allowed'):
+    _setup(_config(denominators='row'), Objective())
+
+  class Coupled(Objective):
+    coupled = True
+  with pytest.raises(errors.UserError, match='denominators.*couples all'):
+    _setup(_config(denominators='microbatch'), Coupled())
+
+
 def test_total_is_the_sum_of_coefficients_times_means():
   _, history = _run(_config(), Objective(), steps=1)
   m = history[0]
