@@ -275,4 +275,4 @@ FITS = {'square': square, 'pad': pad, 'pad_pairs': pad_pairs, 'clip': clip,
 # Those that make a square only.
 SQUARES = ('clip', 'open_clip', 'expand')
 # Those that tell cells of picture from cells of padding.
-CELLS = ('pad', 'fuyu')
+CELLS = ('pad', 'pad_pairs', 'fuyu', 'area', 'area_up')

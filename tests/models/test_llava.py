@@ -138,7 +138,7 @@ def test_every_stage_and_gradient_equals_the_reference(name, arrangement):
                               taps=tuple(range(c.decoder.layers)))
     tower, table = model.apply({'params': trained | frozen}, method=lambda m: (
         m.vision(batch['images'], batch['image_box'])[0],
-        m.connector(m.vision(batch['images'], batch['image_box'])[0])))
+        m.connector(m.vision(batch['images'], batch['image_box'])[0])[0]))
     return total / weight, (logits, out, tower, table)
 
   with jax.default_matmul_precision('highest'):

@@ -25,7 +25,7 @@ def _eve(name, images, boxes):
   with jax.default_matmul_precision('highest'):
     table, out = patch_embedding.Eve(config).apply(
         {'params': vision}, images[:, None], jnp.asarray(boxes)[:, None])
-    return (mlp.apply({'params': projector}, table)[:, 0], out,
+    return (mlp.apply({'params': projector}, table)[0][:, 0], out,
             config.image_layout(images.shape[1:3]))
 
 
@@ -162,7 +162,7 @@ def test_eve_7b_has_its_parameters_and_flops():
   for size, entries, published in ((672, 601, 42e9), (1344, 2353, 170e9)):
     assert config.image_layout((size, size)).table_size == entries
     total = patch_embedding.eve_flops(config, (size, size)) + (
-        entries * connector.flops(projection, 1024))
+        connector.flops(projection, 1024, entries))
     assert abs(total / published - 1) < 0.02
 
 
@@ -191,9 +191,9 @@ def test_flops_by_hand():
       eve, local_attention=False, global_attention=False)
   assert patch_embedding.eve_flops(without, (4, 8)) == 2 * (8 * 12 * 8)
   mlp = connector.ConnectorConfig('mlp', 5, hidden=7)
-  assert connector.flops(mlp, 3) == 2 * (3 * 7 + 7 * 5)
-  assert connector.flops(connector.ConnectorConfig('linear', 5), 3) == 30
-  assert connector.flops(connector.ConnectorConfig('identity', 5), 5) == 0
+  assert connector.flops(mlp, 3, 2) == 2 * 2 * (3 * 7 + 7 * 5)
+  assert connector.flops(connector.ConnectorConfig('linear', 5), 3, 1) == 30
+  assert connector.flops(connector.ConnectorConfig('identity', 5), 5, 9) == 0
 
 
 def test_initial_spread():

@@ -287,6 +287,7 @@ def test_activations():
       'gelu_tanh': x * (1 + np.tanh(
           (2 / np.pi) ** 0.5 * (x + 0.044715 * x ** 3))) / 2,
       'quick_gelu': x / (1 + np.exp(-1.702 * x)),
+      'relu': np.maximum(x, 0),
       'relu2': np.where(x > 0, x * x, 0),
   }
   assert expected.keys() == transformer.ACTIVATIONS.keys()
@@ -325,7 +326,7 @@ def test_block_flops_by_hand():
 
 @pytest.mark.parametrize('fields, message', [
     (dict(norm='batch'), "norm: 'batch'; allowed: rms, layer"),
-    (dict(mlp='silu'), 'allowed: swiglu, gelu, gelu_tanh, quick_gelu, relu2'),
+    (dict(mlp='silu'), 'allowed: swiglu, gelu, gelu_tanh, quick_gelu, relu, relu2'),
     (dict(heads=5), 'heads: 5 does not divide width 24'),
     (dict(kv_heads=4), 'kv_heads: 4; allowed: divisors of heads, 6'),
     (dict(head_dim=3), "turns 3 channels; allowed with rope 'line': multiples"),
