@@ -7,6 +7,7 @@
                     low-rank adapters (see `lora`)
   hf_llava         transformers' files
   hf_llava_new     the same, as transformers has them in memory since 4.52
+  hf_llava_flat    transformers' files since version 5
 
 The authors' config names the CLIP and does not describe it; of the tower inside
 it are the shapes that tell which published one it is.
@@ -37,7 +38,7 @@ class _Names:
   Attributes:
     decoder: a `decoders.Names`.
     up, down: of the connector.
-    tower: before 'vision_model.'; None where the file has no tower.
+    tower: before the names of its parts; None where the file has no tower.
     own: whether config.json is as the authors write it.
   """
   decoder: decoders.Names
@@ -68,7 +69,7 @@ def _tower_rules(config, prefix):
   whole = dataclasses.replace(clip.SIZES['clip-b32'], vision=config)
   return [
       dataclasses.replace(rule, theirs=tuple(
-          prefix + name for name in rule.theirs))
+          name.replace('vision_model.', prefix, 1) for name in rule.theirs))
       for rule in clip_layouts.LAYOUTS['hf_clip'].rules(whole)
       if rule.ours[0].startswith('vision/')]
 
@@ -121,7 +122,6 @@ def _known_decoder(sizes, text, own, names):
 
 def _tower_sizes(tensors, prefix, own):
   """Fields of the tower by shapes and, before them, a config; or None."""
-  prefix += 'vision_model.'
   block = f'{prefix}encoder.layers.{{layer}}.'
   if not decoders.any_of(tensors, f'{block}mlp.fc1.weight'):
     return None
@@ -281,12 +281,15 @@ def _projector_layout(names):
 LAYOUTS = {
     'llava': _layout(_OWN),
     'llava_tower': _layout(dataclasses.replace(
-        _OWN, tower='model.vision_tower.vision_tower.')),
+        _OWN, tower='model.vision_tower.vision_tower.vision_model.')),
     'llava_projector': _projector_layout(_OWN),
     'llava_trainables': _projector_layout(_TRAINABLES),
     'hf_llava': _layout(_Names(
-        decoders.WITHIN, f'{_PROJECTOR}1', f'{_PROJECTOR}2', 'vision_tower.')),
+        decoders.WITHIN, f'{_PROJECTOR}1', f'{_PROJECTOR}2',
+        'vision_tower.vision_model.')),
     'hf_llava_new': _layout(_Names(
         decoders.WITHIN_NEW, f'model.{_PROJECTOR}1', f'model.{_PROJECTOR}2',
-        'model.vision_tower.')),
+        'model.vision_tower.vision_model.')),
+    'hf_llava_flat': _layout(_Names(
+        decoders.WITHIN, f'{_PROJECTOR}1', f'{_PROJECTOR}2', 'vision_tower.')),
 }
