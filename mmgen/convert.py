@@ -5,11 +5,13 @@
   python -m mmgen.convert --from=b.pt --say=mlp=quick_gelu --to=b.safetensors
   python -m mmgen.convert --from=llava-1.5-7b-hf --to=runs/llava
   python -m mmgen.generate --run=runs/llava --image=fox.png --prompt="What?"
+  python -m mmgen.convert --check=llava-1.5-7b-hf
 
 Published weights become the checkpoint and the config of a run folder, in
 float32, with the tokenizer that lies beside them. A run folder, or a --to that
 ends in .safetensors, becomes safetensors in the layout, and each tensor in the
-dtype, that the weights came in.
+dtype, that the weights came in. --check compares with the library that the
+weights are of, see mmgen/parity.py.
 """
 
 import argparse
@@ -20,9 +22,11 @@ import sys
 
 import jax
 import numpy as np
+from rich import console as rich_console
 
 from mmgen import config as config_lib
 from mmgen import errors
+from mmgen import parity
 from mmgen import run_folder
 from mmgen import weights
 from mmgen.data import published_text
@@ -182,10 +186,9 @@ def _parser():
       prog='python -m mmgen.convert', description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   add = parser.add_argument
-  add('--from', dest='source', required=True, metavar='PATH',
+  add('--from', dest='source', metavar='PATH',
       help='published weights (file, index or folder), or a run folder')
-  add('--to', required=True, metavar='PATH',
-      help='what to write; it must not exist yet')
+  add('--to', metavar='PATH', help='what to write; it must not exist yet')
   add('--say', action='append', default=[], metavar='FIELD=VALUE',
       help='what the weights cannot tell; an error says what is needed')
   add('--tokenizer', metavar='PATH',
@@ -196,12 +199,30 @@ def _parser():
   add('--dtype', choices=_DTYPES,
       help='of what is written (default: float32 in a run folder, else as in '
       'the file that the weights came from)')
+  add = parser.add_argument_group('in place of --from and --to').add_argument
+  add('--check', metavar='PATH',
+      help='published weights, to compare stage by stage with the library they '
+      "come from (pip install 'mmgen[parity]'); exit code 1 if they differ")
+  add('--tolerance', type=float, default=parity.TOLERANCE,
+      help='largest relative error that passes (default: %(default)s)')
+  add('--stages', metavar='FILE.npz',
+      help='write our inputs and stages, for a reference that runs elsewhere')
+  add('--against', metavar='FILE.npz',
+      help='compare with its stages, of the same names')
   return parser
 
 
 def main(argv=None):
-  """Runs the command."""
-  args = _parser().parse_args(argv)
+  """Runs the command; returns an exit code or None."""
+  parser = _parser()
+  args = parser.parse_args(argv)
+  if (args.check is None) == (args.source is None and args.to is None) or (
+      (args.source is None) != (args.to is None)):
+    parser.error('give --from and --to, or --check')
+  if args.check is not None:
+    return parity.check(
+        args.check, rich_console.Console(), said=_said(args.say),
+        tolerance=args.tolerance, stages=args.stages, against=args.against)
   if pathlib.Path(args.to).exists():
     raise errors.UserError(f'--to={args.to} exists already; give another path')
   is_run = (pathlib.Path(args.source) / 'checkpoints').exists()
@@ -222,6 +243,7 @@ def main(argv=None):
     size = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
     print(f'{args.source}: {loaded.layout}, {size:,} parameters')
   print(f'{args.to}: written')
+  return 0
 
 
 # Of what a run folder can be made, by `config.model.name`.
