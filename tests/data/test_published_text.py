@@ -7,13 +7,13 @@ conversations with their loss masks (lengths of runs, the first not learnt) by
 LLaVA's code with transformers 4.37.2 (`join` space and none), EVE's with
 4.31.0 (cut), EVEv2's with 4.56.2, Emu's with 4.31.0, and Fuyu's processor. -200
 is a picture. The same was seen with LLaMA's own vocabulary.
+Live beside transformers and open_clip: tests/parity/test_tokenizers.py.
 """
 
 import gzip
 import json
 import pathlib
 import pickle
-import random
 import unicodedata
 
 import numpy as np
@@ -410,62 +410,3 @@ def test_clear_errors():
   own = text.train(['a cat'] * 9, 280)
   with pytest.raises(ValueError, match='no known family: .*clip needs'):
     published_text.Tokenizer(own)
-
-
-def _strange(count):
-  """Random texts from corners of Unicode."""
-  draw = random.Random(7)
-  letters = [
-      *'  aeUSR:.,!?\'"0123\n\t', *'éßΣς漢か한ا🍎\u200d\u0301\u00a0ﬁ½\x07',
-      'fox', ' the', 'USER:', ' dog']
-  return [''.join(draw.choices(letters, k=draw.randint(1, 30)))
-          for _ in range(count)]
-
-
-def _same(model, reference, words=None):
-  for said in words or _strange(100):
-    theirs = reference(said, add_special_tokens=False).input_ids
-    assert model.encode(said) == theirs, said
-
-
-def test_transformers_agree():
-  transformers = pytest.importorskip('transformers')
-  tmp = str(GOLDEN)
-  for legacy in (True, False):
-    _same(tokenizer('llama.model'), transformers.LlamaTokenizer(
-        f'{tmp}/llama.model', legacy=legacy))
-  for file in ('llama_fast', 'llama_first', 'llava_hf', 'fuyu', 'qwen2'):
-    _same(tokenizer(f'{file}.json'), transformers.PreTrainedTokenizerFast(
-        tokenizer_file=f'{tmp}/{file}.json'))
-
-
-def test_python_tokenizers_agree(tmp_path):
-  """CLIP's and Qwen's slow forms, which share no code with tokenizers."""
-  transformers = pytest.importorskip('transformers')
-  pytest.importorskip('ftfy')
-  for file, kind in (('qwen2', 'Qwen2Tokenizer'), ('clip', 'CLIPTokenizer')):
-    spec = json.loads((GOLDEN / f'{file}.json').read_text())
-    vocab = spec['model']['vocab']
-    (tmp_path / 'vocab.json').write_text(json.dumps(vocab))
-    (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(
-        ' '.join(pair) for pair in spec['model']['merges']) + '\n')
-    _same(tokenizer(f'{file}.json'), getattr(transformers, kind)(
-        str(tmp_path / 'vocab.json'), str(tmp_path / 'merges.txt')))
-
-
-def test_open_clip_agrees_on_the_real_vocabulary(tmp_path):
-  theirs = pytest.importorskip('open_clip').tokenizer.SimpleTokenizer()
-  transformers = pytest.importorskip('transformers')
-  (tmp_path / 'vocab.json').write_text(json.dumps({
-      {'<start_of_text>': '<|startoftext|>',
-       '<end_of_text>': '<|endoftext|>'}.get(piece, piece): i
-      for piece, i in theirs.encoder.items()}))
-  (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(
-      ' '.join(pair) for pair in theirs.bpe_ranks) + '\n')
-  file = transformers.CLIPTokenizerFast(
-      str(tmp_path / 'vocab.json'), str(tmp_path / 'merges.txt'))
-  model = published_text.Tokenizer(
-      file.backend_tokenizer.to_str().encode())
-  assert model.family == 'clip' and model.vocab_size == 49408
-  for words in REFERENCE['texts'] + _strange(300):
-    assert model.encode(words) == theirs.encode(words), words
