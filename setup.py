@@ -40,8 +40,8 @@ setuptools.setup(
         'test': ['ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',
                  'pytest>=8.3', 'ruff>=0.9'],
         # Reference implementations, to compare outputs with.
-        'parity': ['open_clip_torch>=2.32', 'timm>=1.0', 'torch>=2.6',
-                   'transformers>=4.46'],
+        'parity': ['open_clip_torch>=3.3', 'timm>=1.0', 'torch>=2.6',
+                   'torchvision', 'transformers>=5.23'],
         # Compiles for TPU slices on a machine without one.
         'plan': ['libtpu>=0.0.17'],
     },

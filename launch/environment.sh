@@ -16,7 +16,7 @@ find_python() {
       return
     fi
   done
-  echo "mmgen has lock files for Python $(cd launch/lock && echo *.txt |
+  echo "mmgen has lock files for Python $(cd launch/lock && echo [0-9]*.txt |
     sed 's/\.txt//g'); none of" \
     "${MMGEN_PYTHON:-$CANDIDATES} is one of them." \
     "Install one, or name it: MMGEN_PYTHON=/path/to/python bash $0" >&2
