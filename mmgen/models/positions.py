@@ -7,7 +7,7 @@ import numpy as np
 
 
 def resize_positions(table_TD, old, new, method='plain'):
-  """Bicubic resize of learned positions to another grid; on the host.
+  """Resizes learned positions to another grid; on the host, bicubic mostly.
 
   Args:
     table_TD: one entry a cell, row by row; one more in front, of a class
@@ -15,7 +15,8 @@ def resize_positions(table_TD, old, new, method='plain'):
     old, new: rows and columns.
     method: 'plain', PyTorch's default (EVA's code, transformers);
       'align_corners' (EVA's code, for OpenAI's weights); 'antialias'
-      (open_clip, timm).
+      (open_clip, timm); 'linear', not bicubic but bilinear from corner to
+      corner (big_vision).
 
   Returns:
     numpy [T', D] in the dtype of the table.
@@ -30,15 +31,15 @@ def resize_positions(table_TD, old, new, method='plain'):
     raise ValueError(f'resize_positions: {len(table_TD)} positions are not a '
                      f'grid of {rows} x {cols}, with or without a class token.')
   grid_YXD = table_TD[extra:].reshape(rows, cols, -1).astype(np.float32)
-  down, across = (_bicubic(*sizes, method) for sizes in zip(old, new))
+  down, across = (_weights(*sizes, method) for sizes in zip(old, new))
   grid_YXD = np.einsum('Yy,yxD,Xx->YXD', down, grid_YXD, across, optimize=True)
   return np.concatenate([
       table_TD[:extra],
       grid_YXD.reshape(-1, table_TD.shape[1]).astype(table_TD.dtype)])
 
 
-def _bicubic(old, new, method):
-  """Weights [new, old] with which PyTorch interpolates one axis."""
+def _weights(old, new, method):
+  """Weights [new, old] with which PyTorch or scipy interpolate one axis."""
   def cubic(x, a):
     x = np.abs(x)
     near = (a + 2) * x ** 3 - (a + 3) * x ** 2 + 1
@@ -49,11 +50,13 @@ def _bicubic(old, new, method):
   if method == 'antialias':
     weights = cubic((source - np.arange(old)[None]) / max(old / new, 1), -0.5)
     return weights / weights.sum(1, keepdims=True)
-  if method == 'align_corners':
+  if method in ('align_corners', 'linear'):
     source = target * (old - 1) / max(new - 1, 1)
   elif method != 'plain':
     raise ValueError(f'resize_positions: method {method!r}; allowed: plain, '
-                     'align_corners, antialias.')
+                     'align_corners, antialias, linear.')
+  if method == 'linear':
+    return np.maximum(1 - np.abs(source - np.arange(old)[None]), 0)
   # The outermost entries go on beyond the border.
   weights = cubic(source - np.arange(-2, old + 2)[None], -0.75)
   return weights @ np.pad(np.eye(old), ((2, 2), (0, 0)), mode='edge')

@@ -14,11 +14,13 @@ import re
 from etils import epath
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmgen import errors
 from mmgen import weights
 from mmgen.data import published_text
 from mmgen.data import text
+from mmgen.models import positions
 from mmgen.training import checkpoint
 from mmgen.training import sharding
 from mmgen.weights import files
@@ -36,6 +38,7 @@ _SECOND = re.compile(r'/visual/')
 # What no name and no shape shows of a tower, and changes all that it gives.
 _UNSEEN = ('mlp', 'norm', 'norm_eps', 'placement', 'rope_grid', 'rope_theta',
            'causal', 'mean', 'std', 'alpha')
+_POSITIONS = weights.POSITIONS.partition('/')[2]
 # Activations of an MLP of two matrices.
 _PLAIN = ('quick_gelu', 'gelu', 'gelu_tanh')
 _ASK = (' --say is of python -m mmgen.convert; the folder that it makes can '
@@ -57,16 +60,18 @@ def inherit(params, parents, mesh, sources=None, configs=None):
 
   Returns:
     ({name: array}, report). The report is {part: {'from', 'part', 'copied',
-    'grown', 'fresh', 'unused'}}: names of arrays taken as they are, of those
-    whose new rows keep their fresh values, of those that `ALL` did not find
-    there, and of those that only the parent has. Of weights it also has their
+    'grown', 'resized', 'fresh', 'unused'}}: names of arrays taken as they are,
+    of those whose new rows keep their fresh values, of positions resized to
+    another grid of patches, of those that `ALL` did not find there, and of
+    those that only the parent has. Of weights it also has their
     'layout', what 'differs' in the configs, and 'tensors', {name: {'from':
     names of their tensors, 'shape': of ours there, 'dtype': theirs}}.
 
   Raises:
     UserError: within a part that both have, a name or a shape differs in more
-      than a grown vocabulary; all differences are listed, and nothing is read
-      of a part that does not fit. Or weights that cannot be read.
+      than a grown vocabulary or another grid; all differences are listed, and
+      nothing is read of a part that does not fit. Or weights that cannot be
+      read.
   """
   _check_adapters(params, parents)
   new, report, wrong = dict(params), {}, []
@@ -82,12 +87,18 @@ def inherit(params, parents, mesh, sources=None, configs=None):
     parent = (_open_run if _is_run(folder) else _open_weights)(
         folder, part, source, mesh, configs or {})
     parent = _with_second_set(parent, wanted)
-    lines, misfits = _compare(wanted, parent, folder)
+    grids = {f'{name}/{_POSITIONS}': config.grid
+             for name, config in (configs or {}).items()
+             if hasattr(config, 'grid')}
+    lines, misfits = _compare(wanted, parent, folder, grids)
     wrong += misfits
-    taken = lines['copied'] + lines['grown']
+    taken = lines['copied'] + lines['grown'] + lines['resized']
     for name, leaf in (parent.read(taken) if not misfits else {}).items():
-      new[name] = (_graft(leaf, wanted[name]) if name in lines['grown']
-                   else leaf)
+      if name in lines['grown']:
+        leaf = _graft(leaf, wanted[name])
+      elif name in lines['resized']:
+        leaf = _resize(leaf, wanted[name], *parent.grids[name], grids[name])
+      new[name] = leaf
     report[part] = {'from': str(folder), 'part': source, **lines,
                     **parent.notes}
     if parent.tensors:
@@ -102,11 +113,18 @@ def inherit(params, parents, mesh, sources=None, configs=None):
   return new, report
 
 
-def _compare(wanted, parent, folder):
-  """Sorts names into {'copied', 'grown', 'fresh', 'unused'}, and misfits."""
+def _compare(wanted, parent, folder, grids):
+  """Sorts names into the kinds of the report, and misfits.
+
+  Args:
+    wanted: {name: what has a shape} of the model.
+    parent: a `_Parent`.
+    folder: of the parent.
+    grids: {name: (rows, columns)} of the model's positions.
+  """
   found, wrong = parent.found, []
   shared = {_top(name) for name in wanted} & {_top(name) for name in found}
-  lines = dict(copied=[], grown=[], fresh=[], unused=[])
+  lines = dict(copied=[], grown=[], resized=[], fresh=[], unused=[])
 
   def theirs(name):
     tensors = parent.tensors.get(name, {}).get('from')
@@ -123,6 +141,10 @@ def _compare(wanted, parent, folder):
     elif name not in wanted:
       wrong.append(f'{name}{theirs(name)} is only in {folder}' + _nearest(
           name, wanted.keys() - found.keys(), 'here'))
+    elif name in grids and name in parent.grids and _resizable(
+        found[name].shape, wanted[name].shape, parent.grids[name][1],
+        grids[name]):
+      lines['resized'].append(name)
     elif found[name].shape == wanted[name].shape:
       lines['copied'].append(name)
     elif _grown(name, found[name].shape, wanted[name].shape):
@@ -219,11 +241,14 @@ class _Parent:
     tensors: {name: what the report says of it}; {} of a run, whose arrays have
       the same names.
     notes: what else the report says.
+    grids: {name: (method of `positions.resize_positions`, rows and columns)}
+      of positions.
   """
   found: dict
   read: object
   tensors: dict = dataclasses.field(default_factory=dict)
   notes: dict = dataclasses.field(default_factory=dict)
+  grids: dict = dataclasses.field(default_factory=dict)
 
 
 def _is_run(path):
@@ -231,11 +256,19 @@ def _is_run(path):
 
 
 def _open_run(folder, part, source, mesh, configs):
-  del configs  # an old config's model may no longer be known
   found = sharding.named_leaves(checkpoint.load_params(
       folder, None if part == ALL else source, mesh))
   found = {_renamed(name, part, source): leaf for name, leaf in found.items()}
-  return _Parent(found, lambda names: {name: found[name] for name in names})
+  # An old config's model may no longer be known, but it has these.
+  extras = checkpoint.load_extras(folder)
+  size = extras.get('config', {}).get('image.size')
+  layout = extras.get('weights', {}).get('layout')
+  method = weights.FAMILIES[layout].resize if layout else 'plain'
+  grids = {
+      f'{name}/{_POSITIONS}': (method, tuple(x // config.patch for x in size))
+      for name, config in configs.items() if size and hasattr(config, 'patch')}
+  return _Parent(found, lambda names: {name: found[name] for name in names},
+                 grids=grids)
 
 
 def _open_weights(path, part, source, mesh, configs):
@@ -281,8 +314,11 @@ def _open_weights(path, part, source, mesh, configs):
   if differs:
     _log.warning('init.%s: %s was trained otherwise than this model computes: '
                  '%s', part, path, '; '.join(differs))
+  vision = getattr(config, 'vision', None)
+  grids = {_renamed(weights.POSITIONS, part, source): (
+      family.resize, vision.grid)} if hasattr(vision, 'grid') else {}
   return _Parent({ours: taken[theirs] for ours, theirs in old.items()}, read,
-                 tensors_of, {'layout': layout, 'differs': differs})
+                 tensors_of, {'layout': layout, 'differs': differs}, grids)
 
 
 def _recognise(path, here):
@@ -381,3 +417,21 @@ def _graft(old, new):
   grafted = new.at[tuple(slice(size) for size in old.shape)].set(
       old.astype(jnp.float32))
   return jax.device_put(grafted, new.sharding)
+
+
+def _resizable(old, new, old_grid, new_grid):
+  """Whether two shapes are positions of these grids, which are not the same."""
+  cells = [rows * cols for rows, cols in (old_grid, new_grid)]
+  extra = old[0] - cells[0]
+  return (old_grid != new_grid and extra in (0, 1) and old[1:] == new[1:]
+          and new[0] - cells[1] == extra)
+
+
+def _resize(old, new, method, old_grid, new_grid):
+  """Positions on another grid, laid out as the fresh ones are."""
+  whole = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(
+      new.sharding.mesh, jax.P()))(old)
+  table = positions.resize_positions(
+      np.asarray(whole.addressable_data(0)), old_grid, new_grid, method)
+  return jax.make_array_from_callback(
+      new.shape, new.sharding, lambda index: table[index])

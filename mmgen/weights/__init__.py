@@ -24,11 +24,15 @@ from mmgen.weights import fuyu
 from mmgen.weights import layout as layout_lib
 from mmgen.weights import llava
 from mmgen.weights import lora
+from mmgen.weights import two_towers
 
 # The first that recognises a file has it.
 FAMILIES = {**eva_clip.LAYOUTS, **clip.LAYOUTS, **eve.LAYOUTS,
             **llava.LAYOUTS, **fuyu.LAYOUTS, **emu.LAYOUTS, **decoders.LAYOUTS,
             **lora.LAYOUTS}
+
+# The one leaf that belongs to a grid of patches.
+POSITIONS = 'vision/position_embedding'
 
 _BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json',
            lora.CONFIG)
@@ -67,10 +71,11 @@ def recognise(path, said=None):
   Args:
     path: as for `files.open`.
     said: {field: value} of what contents cannot tell, such as {'mlp': 'gelu'}
-      for CLIP without a config; an error names what is needed.
+      for CLIP without a config; an error names what is needed. An image size
+      of another grid than the file's does not count here.
 
   Returns:
-    (a name of `FAMILIES`, config of the model).
+    (a name of `FAMILIES`, config of the model that is stored).
 
   Raises:
     UserError: it is no known layout, or something has to be said.
@@ -87,7 +92,8 @@ def load(path, *, place=None, dtype='float32', said=None):
       such as `functools.partial(training.sharding.shardings, mesh)`; by default
       all goes to the first device.
     dtype: of the parameters and of the computation.
-    said: as for `recognise`.
+    said: as for `recognise`; the positions of an image tower are resized to
+      a 'vision.image_size' that is not the file's, as its reference does it.
 
   Returns:
     A `Loaded`.
@@ -102,6 +108,13 @@ def load(path, *, place=None, dtype='float32', said=None):
   model, ours = layout.build(config, dtype)
   rules = layout.rules(config)
   layout_lib.check(rules, tensors, ours, layout.ignored, str(path))
+  wanted = _resized(config, said or {})
+  if wanted != config:
+    rules = layout_lib.resized(rules, POSITIONS, layout.resize,
+                               config.vision.grid, wanted.vision.grid)
+    beside = two_towers.restated(beside, wanted.vision.image_size)
+    config = wanted
+    model, ours = layout.build(config, dtype)
   if place is not None:
     where = place(ours)
     ours = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
@@ -155,6 +168,15 @@ def _recognise(path, tensors, beside, said):
   raise errors.UserError(
       f'{path} is of no layout known here ({", ".join(FAMILIES)}): it has '
       f'{some} and {len(tensors)} tensors in all.')
+
+
+def _resized(config, said):
+  """The config with the image size that is said."""
+  size = said.get('vision.image_size')
+  if size is None or tuple(size) == tuple(config.vision.image_size):
+    return config
+  return dataclasses.replace(config, vision=dataclasses.replace(
+      config.vision, image_size=tuple(size)))
 
 
 def _folder(path):

@@ -239,7 +239,8 @@ _PILLOW_KERNELS = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box',
 _OPEN_CLIP_FITS = {None: None, 'shortest': 'open_clip', 'squash': 'square'}
 
 
-def _layout(rules, base, fit, stated=lambda *_: {}, ignored=(), **variant):
+def _layout(rules, base, fit, resize, stated=lambda *_: {}, ignored=(),
+            **variant):
   def with_pixels(tensors, beside, base):
     pixels = {f'vision.{field}': value
               for field, value in _pixels(beside).items()
@@ -251,23 +252,24 @@ def _layout(rules, base, fit, stated=lambda *_: {}, ignored=(), **variant):
       recognise=functools.partial(two_towers.recognise, rules=rules,
                                   stated=with_pixels, base=clip.SIZES[base]),
       build=two_towers.build, rules=rules,
-      image=functools.partial(_image, fit=fit), ignored=ignored)
+      image=functools.partial(_image, fit=fit), ignored=ignored,
+      resize=resize)
 
 
 _NUMBERS = (r'input_resolution|context_length|vocab_size|.*\battn_mask',)
 _IDS = (r'.*\.position_ids',)
 LAYOUTS = {
-    'openai_clip': _layout(_openai_rules, 'clip-b32', 'open_clip',
+    'openai_clip': _layout(_openai_rules, 'clip-b32', 'open_clip', 'antialias',
                            _openai_stated, _NUMBERS, text=''),
-    'open_clip': _layout(_openai_rules, 'clip-b32', 'open_clip',
+    'open_clip': _layout(_openai_rules, 'clip-b32', 'open_clip', 'antialias',
                          _openai_stated, _NUMBERS, text='text.'),
     # SigLIP is CLIP with a pooling head: look for that first.
-    'hf_siglip': _layout(_hf_rules, 'siglip-b16', 'square', _hf_stated, _IDS,
-                         siglip=True),
-    'hf_clip': _layout(_hf_rules, 'clip-b32', 'clip', _hf_stated, _IDS,
+    'hf_siglip': _layout(_hf_rules, 'siglip-b16', 'square', 'plain',
+                         _hf_stated, _IDS, siglip=True),
+    'hf_clip': _layout(_hf_rules, 'clip-b32', 'clip', 'plain', _hf_stated, _IDS,
                        siglip=False),
-    'big_vision': _layout(_big_vision_rules, 'siglip-b16', 'square',
+    'big_vision': _layout(_big_vision_rules, 'siglip-b16', 'square', 'linear',
                           scanned=False),
     'big_vision_scanned': _layout(_big_vision_rules, 'siglip-b16', 'square',
-                                  scanned=True),
+                                  'linear', scanned=True),
 }

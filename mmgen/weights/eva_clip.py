@@ -294,7 +294,7 @@ def _recognise(tensors, beside, said, *, names, rules, stated, image,
 
 
 def _layout(names, rules=_rules, stated=_open_clip_stated, kind='open_clip',
-            signature=(), **variant):
+            signature=(), resize='plain', **variant):
   rules = functools.partial(rules, names=names, **variant)
   image = clip_layouts.LAYOUTS[kind].image
   return layout.Layout(
@@ -302,7 +302,8 @@ def _layout(names, rules=_rules, stated=_open_clip_stated, kind='open_clip',
           _recognise, names=names, rules=rules, stated=stated, image=image,
           signature=signature),
       build=two_towers.build, rules=rules, image=image,
-      ignored=(r'(.*\.)?freqs_(cos|sin)', r'.*\.position_ids'))
+      ignored=(r'(.*\.)?freqs_(cos|sin)', r'.*\.position_ids'),
+      resize=resize)
 
 
 # ---------------------------------------------------------------------------
@@ -359,7 +360,7 @@ LAYOUTS = {
         signature=['text.logit_scale']),
     'eva_clip': _layout(_AUTHORS, text='text.'),
     'eva_clip_old': _layout(_AUTHORS, text=''),
-    'eva_open_clip': _layout(_TIMM, text='text.'),
+    'eva_open_clip': _layout(_TIMM, text='text.', resize='antialias'),
     # CLIP's names, but for these two, of which CLIP and SigLIP have one each.
     'eva_hf': _layout(
         _HF, _hf_rules, _hf_stated, 'hf_clip',

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmgen import errors
+from mmgen.models import positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Layout:
     image: (config, beside) -> how a picture becomes the model's pixels.
     ignored: patterns of whole names of tensors that follow from the rest.
     style: of the prompts it was trained on, a name of `data.prompts.STYLES`.
+    resize: how its reference resizes positions of the image tower to another
+      grid, a method of `positions.resize_positions`; None if it has none.
   """
   recognise: Callable[..., Any]
   build: Callable[..., Any]
@@ -66,6 +69,7 @@ class Layout:
   image: Callable[..., dict]
   ignored: tuple[str, ...] = ()
   style: str = 'own'
+  resize: str | None = None
 
 
 # ---------------------------------------------------------------------------
@@ -246,6 +250,28 @@ def load(rules, tensors, target):
   places = _places(rules)
   return {name: _load_leaf(*places[name], tensors, leaf)
           for name, leaf in target.items()}
+
+
+def resized(rules, name, method, old, new):
+  """The rules of a model whose positions in `name` are on another grid.
+
+  What is imported by them is resized, in float32; what they export, and expect
+  to find, is not. References that resize half precision round the result to it.
+
+  Args:
+    rules: of the layout.
+    name: of our leaf, [T, D].
+    method: of `positions.resize_positions`.
+    old, new: rows and columns of the file's grid and of the model's.
+  """
+  def change(rule):
+    if name not in rule.ours:
+      return rule
+    return dataclasses.replace(rule, to_ours=lambda *arrays: tuple(
+        positions.resize_positions(
+            array.astype(np.float32), old, new, method)
+        for array in rule.to_ours(*arrays)))
+  return [change(rule) for rule in rules]
 
 
 def _places(rules):

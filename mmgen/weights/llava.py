@@ -29,6 +29,7 @@ from mmgen.models import vision_encoder
 from mmgen.weights import clip as clip_layouts
 from mmgen.weights import decoders
 from mmgen.weights import layout
+from mmgen.weights import two_towers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,10 @@ def _recognise(tensors, beside, said, names):
   tower = (_known_tower(shapes, own) if has_tower
            else {'vision.size': _tower_name(tensors, names, own, sizes)})
   tower['vision.tap'] = _tap(own)
+  if has_tower and two_towers.asks_to_resize(
+      tower | {'vision.patch': shapes['patch']}, tower,
+      said.get('vision.image_size')):
+    said = {name: x for name, x in said.items() if name != 'vision.image_size'}
   known = decoders.settle(
       _known_decoder(sizes, text, own, names) | tower, said,
       decoders.SAYABLE | {name: _SAYABLE[name] for name in tower})
@@ -148,7 +153,8 @@ def _known_tower(shapes, own):
     return {'vision.heads': vision.get('num_attention_heads', 12),
             'vision.mlp': vision.get('hidden_act', 'quick_gelu'),
             'vision.norm_eps': vision.get('layer_norm_eps', 1e-5),
-            'vision.image_size': (vision.get('image_size', 224),) * 2}
+            'vision.image_size': two_towers.pair(
+                vision.get('image_size', 224))}
   c = next((c for c in map(vision_encoder.sized, _TOWERS.values()) if all(
       getattr(c, field) == size for field, size in shapes.items())), None)
   return {'vision.heads': c and c.heads, 'vision.mlp': c and c.mlp,
@@ -268,7 +274,8 @@ def _layout(names):
       recognise=functools.partial(_recognise, names=names),
       build=functools.partial(decoders.build, parts=parts),
       rules=functools.partial(_rules, names=names), image=_image,
-      ignored=(*decoders.BUFFERS, r'.*\.position_ids'), style='vicuna_v1')
+      ignored=(*decoders.BUFFERS, r'.*\.position_ids'), style='vicuna_v1',
+      resize='plain')
 
 
 def _projector_layout(names):

@@ -50,7 +50,9 @@ def recognise(tensors, beside, said, *, rules, base, stated,
     sayable: {field: how to say it}. A field that is said to be 'none' is None.
 
   Returns:
-    `ClipConfig`, or None if the tensors are of another layout.
+    The config, of the kind of the base, or None if the tensors are of another
+    layout. An image size that is said, of another grid than the file's, is one
+    to resize to: that is left to the caller.
 
   Raises:
     UserError: a field is told by none of these, or they do not fit.
@@ -67,7 +69,11 @@ def recognise(tensors, beside, said, *, rules, base, stated,
                  if ours.startswith(part)) for part in parts):
     return None
   known = _sizes(found, base)
-  known |= told(known) | stated(tensors, beside, base)
+  facts = told(known) | stated(tensors, beside, base)
+  known |= facts
+  said = dict(said)
+  if asks_to_resize(known, facts, said.get('vision.image_size')):
+    del said['vision.image_size']
   for field, value in said.items():
     if field not in sayable:
       raise errors.UserError(f'{field} cannot be said of CLIP; what can: '
@@ -172,6 +178,27 @@ def _image_size(sizes, patches):
   return side * patch, side * patch
 
 
+def asks_to_resize(known, facts, wanted):
+  """Whether an image size that is said is not that of the file.
+
+  Args:
+    known: {'vision.image_size': (rows, columns), ...} of the file.
+    facts: what of it is not read off shapes.
+    wanted: that is said; None for nothing.
+  """
+  stored, patch = known['vision.image_size'], known['vision.patch']
+  if not wanted or not stored or not all(stored):  # no positions, no grid
+    return False
+  (a, b), (c, d) = ([pixels // patch for pixels in pair(size)]
+                    for size in (wanted, stored))
+  if a * b == c * d and 'vision.image_size' not in facts and not any(
+      (size.width, size.patch, size.grid) == (
+          known['vision.width'], patch, (c, d))
+      for size in vision_encoder.SIZES.values()):
+    return False  # the grid only seemed to be a square
+  return (a, b) != (c, d)
+
+
 def pair(size):
   """(rows, columns) of what a config gives as a number or a pair."""
   return tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -200,6 +227,29 @@ def open_clip_config(beside, **usual):
                            f'{", ".join(odd)}, which is not supported.')
   return own, vision, text
 
+
+def restated(beside, size):
+  """The JSON files beside resized weights, with another image size."""
+  Y, X = size
+  def visit(path, node):
+    if isinstance(node, dict):
+      return {key: visit((*path, key), value) for key, value in node.items()}
+    place = path[-2:]
+    if place in _EDGES:
+      return Y if Y == X else [Y, X]
+    if place[:-1] in (('size',), ('crop_size',)) and place[1] in _ROWS_COLUMNS:
+      return size[_ROWS_COLUMNS.index(place[1])]
+    return [node[0], Y, X] if place[1:] == ('input_size',) else node
+  return {name: visit((name,), content) for name, content in beside.items()}
+
+
+# Where JSON files have the pixels of an edge, or of both.
+_EDGES = (
+    ('vision_config', 'image_size'), ('vision_config_dict', 'image_size'),
+    ('vision_cfg', 'image_size'), ('preprocess_cfg', 'size'),
+    ('preprocessor_config.json', 'size'), ('size', 'shortest_edge'),
+    ('preprocessor_config.json', 'crop_size'))
+_ROWS_COLUMNS = ('height', 'width')
 
 # open_clip's options that change results without changing a tensor, and which
 # values of them these towers have.

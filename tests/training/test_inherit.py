@@ -1,5 +1,6 @@
 """Parts of others: what is taken, what grows, what does not fit."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -18,6 +19,8 @@ from mmgen import errors
 from mmgen import train as train_lib
 from mmgen import weights
 from mmgen.data import text
+from mmgen.models import positions
+from mmgen.models import vision_encoder
 from mmgen.training import checkpoint
 from mmgen.training import inherit
 from mmgen.training import sharding
@@ -65,7 +68,7 @@ def test_a_part_is_taken_and_the_rest_left_alone(parent):
   assert all(params[name].sharding == fresh[name].sharding for name in params)
   assert report == {'decoder': {
       'from': str(parent), 'part': 'decoder',
-      'grown': [], 'fresh': [], 'unused': [],
+      'grown': [], 'resized': [], 'fresh': [], 'unused': [],
       'copied': ['decoder/embedding', 'decoder/head/kernel',
                  'decoder/mlp/up/kernel']}}
 
@@ -298,9 +301,10 @@ def _birth(config, vocab):
   model = config_lib.build_model(config, vocab)
   B, T = 1, 6
   slots = jnp.zeros((B, T), jnp.int32)
-  batch = (dict(images=jnp.zeros((B, 8, 8, 3), jnp.uint8), tokens=slots,
+  size = config.model.vision.image_size
+  batch = (dict(images=jnp.zeros((B, *size, 3), jnp.uint8), tokens=slots,
                 valid=slots == 0) if config.model.name == 'clip' else
-           dict(images=jnp.zeros((B, 1, 8, 8, 3), jnp.uint8), tokens=slots,
+           dict(images=jnp.zeros((B, 1, *size, 3), jnp.uint8), tokens=slots,
                 segments=slots, positions=slots, visual=slots,
                 image_box=jnp.zeros((B, 1, 4), jnp.int32)))
   return lambda key: model.init(key, batch)['params']
@@ -347,6 +351,60 @@ def test_a_vision_tower_starts_from_a_published_one(
   assert report['tensors']['vision/stack/blocks/mlp/up/kernel'] == {
       'from': ['vision_model.encoder.layers.{layer}.mlp.fc1.weight'],
       'shape': [LAYERS, W, HIDDEN], 'dtype': 'float16'}
+
+
+@pytest.mark.parametrize('model, part', [
+    ('clip', 'vision'), ('clip', 'all'), ('multimodal', 'vision')])
+def test_positions_are_resized_to_another_grid(
+    model, part, tensors, published, tmp_path):
+  size = {'model.vision.image_size': (17, 12)}
+  config = _config(model, {part: f'file:{published}'}, **size)
+  fresh, started, report = _start(config, tmp_path / 'run', 8)
+  name = 'vision/position_embedding'
+  theirs = tensors['vision_model.embeddings.position_embedding.weight']
+  table = positions.resize_positions(
+      theirs.astype(np.float32), (2, 2), (4, 3), 'plain')
+  np.testing.assert_array_equal(started[name], table)
+  np.testing.assert_array_equal(started[name][0], theirs[0])
+  assert started[name].sharding == fresh[name].sharding
+  assert report[part]['resized'] == [name]
+  assert report[part]['tensors'][name]['shape'] == [5, W]
+  assert report[part]['copied'] and name not in report[part]['copied']
+  # And on, from the checkpoint of that run; of as many cells, too.
+  for layout, method in (None, 'plain'), ('openai_clip', 'antialias'):
+    folder = tmp_path / str(layout)
+    checkpointer = checkpoint.Checkpointer(folder)
+    notes = dict(weights=dict(layout=layout)) if layout else {}
+    checkpointer.save(1, {'params': started}, dict(
+        config={'image.size': [17, 12]}, **notes), b'')
+    checkpointer.close()
+    for grid in (2, 3), (6, 2), (4, 3):
+      wanted = {key: jax.device_put(
+          jnp.zeros((grid[0] * grid[1] + 1, W)) if key == name else leaf,
+          leaf.sharding) for key, leaf in started.items()
+                if key.startswith('vision/')}
+      tower = train_lib._part_configs(config, VOCAB)['vision']
+      tower = dataclasses.replace(
+          tower, image_size=tuple(PATCH * side for side in grid))
+      params, report = inherit.inherit(
+          wanted, {'vision': folder}, _devices(8), None, {'vision': tower})
+      same = grid == (4, 3)
+      assert report['vision']['resized'] == [name] * (not same)
+      np.testing.assert_array_equal(params[name], table if same else
+                                    positions.resize_positions(
+                                        table, (4, 3), grid, method))
+
+
+def test_positions_of_an_unknown_grid_do_not_fit(tmp_path):
+  name = 'vision/position_embedding'
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  checkpointer.save(1, {'params': {name: jnp.zeros((5, 8))}}, {}, b'')
+  checkpointer.close()
+  tower = vision_encoder.sized('mini', image_size=(24, 24))
+  with pytest.raises(errors.UserError, match=r'embedding is \[5, 8\] in .*\['
+                     '10, 8'):
+    inherit.inherit({name: jnp.zeros((10, 8))}, {'vision': tmp_path},
+                    _devices(1), None, {'vision': tower})
 
 
 def test_a_part_of_another_name_and_no_more_is_read(
