@@ -7,6 +7,7 @@ them in bfloat16.
 """
 
 import dataclasses
+import json
 
 import flax.traverse_util
 import jax
@@ -21,6 +22,7 @@ from mmgen import weights
 from mmgen.models import connector
 from mmgen.models import decoder
 from mmgen.models import multimodal
+from mmgen.models import positions
 from mmgen.models import vision_encoder
 from mmgen.weights import files
 
@@ -284,3 +286,24 @@ def test_a_config_decides_what_shapes_do_not():
   ):
     with pytest.raises(errors.UserError, match=message):
       find(**more)
+
+
+@pytest.mark.parametrize('layout', ['hf_llava', 'llava_tower'])
+def test_the_tower_can_be_resized(layout, tmp_path):
+  _, tensors = reference.load('llava_square')
+  own, said = config('llava_square', layout)
+  path = published_files.save(tmp_path / 'in', renamed(tensors, layout), own)
+  loaded = weights.load(path, said=said | {'vision.image_size': [11, 25]})
+  vision = loaded.model.config.vision
+  assert (vision.image_size, vision.heads) == ((11, 25), 3)
+  np.testing.assert_array_equal(
+      loaded.params['vision']['position_embedding'],
+      positions.resize_positions(
+          tensors['vision_tower.vision_model.embeddings.position_embedding'
+                  '.weight'], (3, 3), (2, 5), 'plain'))
+  if layout == 'hf_llava':  # the authors' config does not describe the tower
+    files.write(tmp_path / 'out', weights.export(
+        layout, loaded.model.config, loaded.params, loaded.dtypes))
+    (tmp_path / 'out' / 'config.json').write_text(
+        json.dumps(loaded.beside['config.json']))
+    assert weights.recognise(tmp_path / 'out')[1] == loaded.model.config
