@@ -8,6 +8,14 @@ class UserError(Exception):
   """A mistake in the input: its text is one line that says what to do."""
 
 
+class Unsaid(UserError):
+  """What has to be said, since nothing tells it; `fields` names it."""
+
+  def __init__(self, text, fields):
+    super().__init__(text)
+    self.fields = fields
+
+
 def nearest(word, words) -> str:
   """Returns ' Did you mean ...?' for the closest of `words`, or ''."""
   close = difflib.get_close_matches(str(word), [str(w) for w in words], 1, 0.5)

@@ -41,6 +41,8 @@ _UNSEEN = ('mlp', 'norm', 'norm_eps', 'placement', 'rope_grid', 'rope_theta',
 _POSITIONS = weights.POSITIONS.partition('/')[2]
 # Activations of an MLP of two matrices.
 _PLAIN = ('quick_gelu', 'gelu', 'gelu_tanh')
+# Of a tower that is not taken.
+_ANY = {'mlp': 'gelu', 'heads': 1, 'placement': 'pre', 'rope_grid': 'none'}
 _ASK = (' --say is of python -m mmgen.convert; the folder that it makes can '
         'stand here.')
 
@@ -62,8 +64,9 @@ def inherit(params, parents, mesh, sources=None, configs=None):
     ({name: array}, report). The report is {part: {'from', 'part', 'copied',
     'grown', 'resized', 'fresh', 'unused'}}: names of arrays taken as they are,
     of those whose new rows keep their fresh values, of positions resized to
-    another grid of patches, of those that `ALL` did not find there, and of
-    those that only the parent has. Of weights it also has their
+    another grid of patches, of those that `ALL` did not find there or that
+    published models start afresh, and of those that only the parent has. Of
+    weights it also has their
     'layout', what 'differs' in the configs, and 'tensors', {name: {'from':
     names of their tensors, 'shape': of ours there, 'dtype': theirs}}.
 
@@ -133,6 +136,10 @@ def _compare(wanted, parent, folder, grids):
   for name in sorted(wanted.keys() | found.keys()):
     if _top(name) not in shared:
       lines['fresh' if name in wanted else 'unused'].append(name)
+    elif name not in found and any(
+        re.fullmatch(pattern, name.partition('/')[2])
+        for pattern in parent.fresh):
+      lines['fresh'].append(name)
     elif name not in found:
       wrong.append(f'{name} is only here' + _nearest(
           name, found.keys() - wanted.keys(), 'there'))
@@ -243,12 +250,14 @@ class _Parent:
     notes: what else the report says.
     grids: {name: (method of `positions.resize_positions`, rows and columns)}
       of positions.
+    fresh: as in `layout.Layout`.
   """
   found: dict
   read: object
   tensors: dict = dataclasses.field(default_factory=dict)
   notes: dict = dataclasses.field(default_factory=dict)
   grids: dict = dataclasses.field(default_factory=dict)
+  fresh: tuple = ()
 
 
 def _is_run(path):
@@ -318,36 +327,43 @@ def _open_weights(path, part, source, mesh, configs):
   grids = {_renamed(weights.POSITIONS, part, source): (
       family.resize, vision.grid)} if hasattr(vision, 'grid') else {}
   return _Parent({ours: taken[theirs] for ours, theirs in old.items()}, read,
-                 tensors_of, {'layout': layout, 'differs': differs}, grids)
+                 tensors_of, {'layout': layout, 'differs': differs}, grids,
+                 family.fresh)
 
 
 def _recognise(path, here):
   """Recognises weights, and answers what they do not tell.
 
-  As little as possible is said, so that the model's own fields never stand
-  before what the weights say themselves. Of a tower that is not taken any
-  answer will do.
+  Nothing else is said, so that the model's own fields never stand before what
+  the weights say themselves. Of a tower that is not taken any answer will do.
 
   Args:
     path: of the weights.
     here: {part there: config of the module that takes it, or None}.
   """
-  def own(field, other):
-    return {f'{tower}.{field}': getattr(here.get(tower), field, other)
-            for tower in ('vision', 'text')}
-
-  mlp = {name: value if value in _PLAIN else 'gelu'
-         for name, value in own('mlp', None).items()}
-  sizes = own('heads', 1)
-  if hasattr(here.get('vision'), 'image_size'):
-    sizes['vision.image_size'] = here['vision'].image_size
-  first = None
-  for said in ({}, mlp, mlp | sizes):
+  said, first = {}, None
+  while True:
     try:
       return weights.recognise(path, said)
-    except errors.UserError as error:
+    except errors.Unsaid as error:
       first = first or error
-  raise first
+      answers = {}
+      for field in error.fields:
+        for tower in ('vision', 'text') if field == 'mlp' else ('',):
+          name = f'{tower}.{field}'.lstrip('.')
+          answers[name] = _answer(name, here)
+      if None in answers.values() or answers.keys() <= said.keys():
+        raise first from error
+      said |= answers
+
+
+def _answer(name, here):
+  """What a field of weights is here, such as 'vision.heads', or None."""
+  part, _, field = name.rpartition('.')
+  value = getattr(here.get(part), field, _ANY.get(field))
+  if field == 'mlp' and value not in _PLAIN:
+    return 'gelu'
+  return 'none' if field == 'rope_grid' and value is None else value
 
 
 def _differences(config, here):

@@ -262,10 +262,11 @@ def settle(known, said, sayable):
                    for field, value in said.items()}
   asked = sorted(field for field, value in known.items() if value is None)
   if asked:
-    raise errors.UserError(
+    raise errors.Unsaid(
         'neither the tensors nor a config.json beside them tell '
         + ' and '.join(f'{field} ({sayable[field]})' for field in asked)
-        + f'. Say so: --say={asked[0]}=..., or said={{{asked[0]!r}: ...}}.')
+        + f'. Say so: --say={asked[0]}=..., or said={{{asked[0]!r}: ...}}.',
+        asked)
   return known
 
 

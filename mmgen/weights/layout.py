@@ -62,6 +62,8 @@ class Layout:
     style: of the prompts it was trained on, a name of `data.prompts.STYLES`.
     resize: how its reference resizes positions of the image tower to another
       grid, a method of `positions.resize_positions`; None if it has none.
+    fresh: patterns of leaves within a part, such as 'stack/final_norm/.*', that
+      this layout lacks and that published models which start from it add.
   """
   recognise: Callable[..., Any]
   build: Callable[..., Any]
@@ -70,6 +72,7 @@ class Layout:
   ignored: tuple[str, ...] = ()
   style: str = 'own'
   resize: str | None = None
+  fresh: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------------------

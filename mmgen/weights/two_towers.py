@@ -85,10 +85,11 @@ def recognise(tensors, beside, said, *, rules, base, stated,
   asked = sorted({'mlp' if both and field.endswith('.mlp') else field
                   for field, value in known.items() if value is None})
   if asked:
-    raise errors.UserError(
+    raise errors.Unsaid(
         'neither the tensors nor a JSON file beside them tell '
         + ' and '.join(f'{field} ({sayable[field]})' for field in asked)
-        + f'. Say so: --say={asked[0]}=..., or said={{{asked[0]!r}: ...}}.')
+        + f'. Say so: --say={asked[0]}=..., or said={{{asked[0]!r}: ...}}.',
+        asked)
   return _replace(base, {field: None if value == 'none' else value
                          for field, value in known.items()})
 
