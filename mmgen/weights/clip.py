@@ -2,12 +2,14 @@
 
   openai_clip         openai/CLIP, and open_clip's towers of that kind
   open_clip           the same, with the text tower's names below 'text.'
+  open_clip_siglip    open_clip's SigLIP; the image tower has timm's names
   hf_clip, hf_siglip  transformers' CLIPModel and SiglipModel
   big_vision          SigLIP's own npz: a tensor for each layer
   big_vision_scanned  the same: a tensor for all layers
 """
 
 import functools
+import re
 
 from mmgen import errors
 from mmgen.models import clip
@@ -39,6 +41,32 @@ def _openai_stated(tensors, beside, base):
       'vision.mlp': mlp,
       'vision.heads': vision['width'] // vision.get('head_width', 64),
       'text.heads': text.get('heads', base.text.heads), 'text.mlp': mlp}
+
+
+def _siglip_stated(tensors, beside, base):
+  """What open_clip's config says of SigLIP; None for what has to be said.
+
+  Its first towers have the exact GELU, though they were trained with the other.
+
+  Raises:
+    UserError: it asks for what these towers cannot do.
+  """
+  if 'open_clip_config.json' not in beside:
+    return {'vision.mlp': None, 'text.mlp': None}
+  _, vision, text = two_towers.open_clip_config(
+      beside, timm_pool=('map',), timm_proj=('none', ''), pool_type=('last',),
+      no_causal_mask=(True,), norm_kwargs=({'eps': base.text.norm_eps},),
+      act_kwargs=({'approximate': 'tanh'},))
+  return {
+      'vision.image_size': two_towers.pair(vision['image_size']),
+      'vision.mlp': timm_activation(vision.get('timm_model_name', '')),
+      'text.heads': text.get('heads', base.text.heads),
+      'text.mlp': 'gelu_tanh' if text.get('act_kwargs') else 'gelu'}
+
+
+def timm_activation(name):
+  """That of the MLPs of timm's SigLIP image tower of that name."""
+  return 'gelu_tanh' if _TIMM_TANH.fullmatch(name) else 'gelu'
 
 
 def _hf_stated(tensors, beside, base):
@@ -165,6 +193,39 @@ def _hf_rules(config, siglip):
       *layout.linear('text_projection', 'text_projection', bias=False)]
 
 
+def timm_siglip_rules(c, prefix=''):
+  """Rules of SigLIP's image tower as timm has it.
+
+  Args:
+    c: a `VisionEncoderConfig`.
+    prefix: of their names.
+  """
+  blocks, head = f'{prefix}blocks.{{layer}}.', f'{prefix}attn_pool.'
+  ours, heads = 'vision/stack/blocks/', _heads_of(c)
+  return [
+      *layout.patches('vision/patch_embedding', f'{prefix}patch_embed.proj',
+                      c.patch),
+      layout.same('vision/position_embedding', f'{prefix}pos_embed', lead=1),
+      *layout.fused([f'{ours}attention/{name}' for name in _QKV],
+                    f'{blocks}attn.qkv.weight', f'{blocks}attn.qkv.bias',
+                    *heads),
+      *layout.modules(_TIMM_BLOCK, ours, blocks, heads),
+      *layout.norm('vision/stack/final_norm', f'{prefix}norm'),
+      layout.same('vision/head/probe', f'{head}latent', lead=2),
+      *layout.fused([f'vision/head/{name}' for name in _QKV[1:]],
+                    f'{head}kv.weight', f'{head}kv.bias', *heads),
+      *layout.modules(_TIMM_HEAD, 'vision/head/', head, heads)]
+
+
+def _open_clip_siglip_rules(config):
+  return [
+      *timm_siglip_rules(config.vision, 'visual.trunk.'),
+      *(rule for rule in openai_text_rules(config.text, 'text.')
+        if rule.ours[0] != 'text_projection/kernel'),
+      *layout.linear('text_projection', 'text.text_projection'),
+      *_scalars(config)]
+
+
 def _big_vision_rules(config, scanned):
   """Flax, as ours: leaves differ in name and in axes of length 1."""
   patch, block = config.vision.patch, 'encoderblock'
@@ -216,6 +277,14 @@ _HF_BLOCK = {
 _HF_HEAD = {
     'out': 'attention.out_proj', 'norm': 'layernorm', 'mlp/up': 'mlp.fc1',
     'mlp/down': 'mlp.fc2'}
+_TIMM_BLOCK = {
+    'attention_norm': 'norm1', 'attention/out': 'attn.proj',
+    'mlp_norm': 'norm2', 'mlp/up': 'mlp.fc1', 'mlp/down': 'mlp.fc2'}
+_TIMM_HEAD = {'query': 'q', 'out': 'proj', 'norm': 'norm', 'mlp/up': 'mlp.fc1',
+              'mlp/down': 'mlp.fc2'}
+_TIMM_TANH = re.compile(
+    'vit_(base_patch32_siglip_256|large_patch16_siglip_512|'
+    r'(so400m|giantopt)_patch16_siglip_\d+)(\..*)?')
 _FLAX_ATTENTION = {name: f'MultiHeadDotProductAttention_0/{name}'
                    for name in (*_QKV, 'out')}
 _FLAX_MLP = {'mlp/up': 'MlpBlock_0/Dense_0', 'mlp/down': 'MlpBlock_0/Dense_1'}
@@ -263,6 +332,9 @@ LAYOUTS = {
                            _openai_stated, _NUMBERS, text=''),
     'open_clip': _layout(_openai_rules, 'clip-b32', 'open_clip', 'antialias',
                          _openai_stated, _NUMBERS, text='text.'),
+    'open_clip_siglip': _layout(
+        _open_clip_siglip_rules, 'siglip-b16', 'square', 'antialias',
+        _siglip_stated),
     # SigLIP is CLIP with a pooling head: look for that first.
     'hf_siglip': _layout(_hf_rules, 'siglip-b16', 'square', 'plain',
                          _hf_stated, _IDS, siglip=True),

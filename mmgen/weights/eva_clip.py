@@ -273,7 +273,8 @@ def _recognise(tensors, beside, said, *, names, rules, stated, image,
   Raises:
     UserError: something has to be said, or cannot be as it is said.
   """
-  if not all(name in tensors for name in signature):
+  if not all(name in tensors for name in signature) or any(
+      '.attn_pool.' in name for name in tensors):  # SigLIP's
     return None
   grid = said.get('vision.rope_grid', 'none')
   if grid != 'none' and not (

@@ -25,7 +25,8 @@ TOWERS = {'vision': vision_encoder.SIZES, 'text': text_encoder.SIZES}
 # What a user may be asked.
 _SAYABLE = {
     'mlp': "of both towers: 'quick_gelu' for OpenAI's own and for what names "
-           "itself quickgelu, 'gelu' for LAION's and most others",
+           "itself quickgelu, 'gelu' for LAION's and most others, 'gelu_tanh' "
+           "for SigLIP but in open_clip and timm",
     'vision.mlp': 'as mlp', 'text.mlp': 'as mlp',
     'vision.heads': 'of 64 in towers up to a width of 1024, wider ones differ',
     'text.heads': 'as vision.heads',

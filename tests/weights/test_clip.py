@@ -1,8 +1,9 @@
 """CLIP and SigLIP from the files of their own trainers, and back.
 
-`golden/weights/` holds tiny random models, written by open_clip_torch 3.3.0,
-transformers 4.56.2 and big_vision (commit of May 2025), and in `outputs.npz`
-the embeddings that these gave, in float64 (open_clip) or float32.
+`golden/weights/` holds tiny random models, written by open_clip_torch 3.3.0
+(with SigLIP's image towers of timm 1.0.31), transformers 4.56.2 and big_vision
+(commit of May 2025), and in `outputs.npz` the embeddings that these gave, in
+float64 (open_clip) or float32.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import types
 import flax.traverse_util
 import jax
 import numpy as np
+import published_files
 import pytest
 
 from mmgen import errors
@@ -30,6 +32,9 @@ CASES = {  # file: (layout, dtype, what contents cannot tell)
     'open_clip_oblong.pt': ('open_clip', 'float16', {
         'mlp': 'gelu', 'vision.image_size': (10, 20), 'vision.heads': 1,
         'text.heads': 3}),
+    'open_clip_siglip': ('open_clip_siglip', 'float32', {'vision.heads': 3}),
+    'open_clip_siglip_tanh': ('open_clip_siglip', 'bfloat16', {
+        'vision.heads': 5}),
     'hf_clip_square': ('hf_clip', 'float32', {}),
     'hf_clip_gelu': ('hf_clip', 'float16', {}),
     'hf_siglip': ('hf_siglip', 'bfloat16', {}),
@@ -138,6 +143,36 @@ def test_published_sizes_are_told_by_their_shapes(size):
     if layout == 'openai_clip':  # OpenAI's own need not be asked
       tensors['input_resolution'] = types.SimpleNamespace(shape=())
       assert recognised(tensors) == (layout, config)
+
+
+@pytest.mark.parametrize('size', [
+    'siglip-b16', 'siglip-l16-256', 'siglip-so400m', 'siglip-so400m-384'])
+def test_open_clips_published_siglips_are_told(size):
+  config = clip.SIZES[size]
+  exact = dataclasses.replace(
+      config, vision=dataclasses.replace(config.vision, mlp='gelu'),
+      text=dataclasses.replace(config.text, mlp='gelu'))
+  tensors, _ = published_files.shapes('open_clip_siglip', exact)
+  own = dict(model_cfg=dict(
+      vision_cfg=dict(image_size=config.vision.image_size[0], timm_pool='map',
+                      timm_proj='none',
+                      timm_model_name='vit_base_patch16_siglip_224'),
+      text_cfg=dict(no_causal_mask=True, proj_bias=True, pool_type='last',
+                    heads=config.text.heads, norm_kwargs=dict(eps=1e-6))))
+  beside = {'open_clip_config.json': own}
+  assert recognised(tensors, beside) == ('open_clip_siglip', exact)
+  assert recognised(tensors, said={'mlp': 'gelu'}) == (
+      'open_clip_siglip', exact)
+  with pytest.raises(errors.Unsaid, match="tell mlp .*'gelu_tanh'") as caught:
+    recognised(tensors)
+  assert caught.value.fields == ['mlp']
+  model = own['model_cfg']
+  model['vision_cfg']['timm_model_name'] = 'vit_so400m_patch16_siglip_384'
+  model['text_cfg']['act_kwargs'] = dict(approximate='tanh')
+  assert recognised(tensors, beside)[1] == config
+  model['text_cfg']['pool_type'] = 'first'
+  with pytest.raises(errors.UserError, match="pool_type='first', which is not"):
+    recognised(tensors, beside)
 
 
 @pytest.mark.parametrize('size, layout, model_type', [
