@@ -406,7 +406,8 @@ _EVA01_G = _eva(224, 14, 40, 1408, 16, 6144)
 _EVA02_E = _eva(224, 14, 64, 1792, 16, 15360, placement='post')
 
 # Those of arXiv 2103.00020, table 20; arXiv 2303.15343; the code released with
-# arXiv 2303.15389 and 2402.04252; and small ones for drawn scenes of 32 pixels.
+# arXiv 2303.11331 (ti and s), 2303.15389 and 2402.04252; and small ones for
+# drawn scenes of 32 pixels.
 SIZES = {
     'mini': VisionEncoderConfig(
         image_size=(32, 32), patch=8, layers=3, width=128, heads=2, hidden=512,
@@ -421,6 +422,10 @@ SIZES = {
     'siglip-so400m-384': _siglip(384, 14, 27, 1152, 16, 4304),
     'eva01-g14': _EVA01_G,
     'eva01-g14-plus': _EVA01_G,
+    'eva02-ti14': _eva(224, 14, 12, 192, 3, 512, mlp='swiglu',
+                       rope_grid=(16, 16)),
+    'eva02-s14': _eva(224, 14, 12, 384, 6, 1024, mlp='swiglu',
+                      rope_grid=(16, 16)),
     'eva02-b16': _eva(224, 16, 12, 768, 12, 2048, **_EVA02),
     'eva02-l14': _eva(224, 14, 24, 1024, 16, 2730, **_EVA02),
     'eva02-l14-336': _eva(336, 14, 24, 1024, 16, 2730, **_EVA02),

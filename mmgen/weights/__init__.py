@@ -21,6 +21,7 @@ from mmgen.weights import eva_clip
 from mmgen.weights import eve
 from mmgen.weights import files
 from mmgen.weights import fuyu
+from mmgen.weights import image_towers
 from mmgen.weights import layout as layout_lib
 from mmgen.weights import llava
 from mmgen.weights import lora
@@ -29,7 +30,7 @@ from mmgen.weights import two_towers
 # The first that recognises a file has it.
 FAMILIES = {**eva_clip.LAYOUTS, **clip.LAYOUTS, **eve.LAYOUTS,
             **llava.LAYOUTS, **fuyu.LAYOUTS, **emu.LAYOUTS, **decoders.LAYOUTS,
-            **lora.LAYOUTS}
+            **image_towers.LAYOUTS, **lora.LAYOUTS}
 
 # The one leaf that belongs to a grid of patches.
 POSITIONS = 'vision/position_embedding'

@@ -22,6 +22,7 @@ import numpy as np
 
 from mmgen import errors
 from mmgen.models import clip
+from mmgen.models import vision_encoder
 from mmgen.weights import clip as clip_layouts
 from mmgen.weights import layout
 from mmgen.weights import two_towers
@@ -31,11 +32,11 @@ _THETA = 10_000
 # The published models are told apart by these and by their style.
 _SHAPE = [f'vision.{field}' for field in ('width', 'layers', 'hidden', 'patch')]
 _SHAPE += [f'text.{field}' for field in ('width', 'layers', 'hidden')]
-_STYLE = ['vision.norm', 'vision.mlp', 'vision.qkv_bias',
+STYLE = ['vision.norm', 'vision.mlp', 'vision.qkv_bias',
           'vision.inner_attention_norm', 'vision.inner_mlp_norm',
           'vision.layer_scale']
 
-_SAYABLE = {
+SAYABLE = {
     'vision.placement': "of the norms: 'pre', or 'post' as in E/14 and 18B",
     'vision.rope_grid': '[16, 16] for rotary positions that were trained on '
                         "16 x 16 patches, as in B/16 and L/14; 'none' for none",
@@ -52,7 +53,7 @@ _SAYABLE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Names:
+class Names:
   """How a layout calls the parts of the image tower, without '.weight'.
 
   Attributes:
@@ -64,6 +65,8 @@ class _Names:
     fused: queries, keys and values in one matrix; None if they never are.
     bias: that of 'q' and 'v' where they are fused, and where they are not.
     scale: gains of attention and MLP; () if there never are any.
+    packed: gate and up in one matrix, where an MLP has no norm; None if they
+      never are.
   """
   stem: dict
   patches: str
@@ -76,13 +79,27 @@ class _Names:
   fused: str | None
   bias: tuple[str, str]
   scale: tuple[str, ...] = ()
+  packed: str | None = None
+
+  def below(self, prefix):
+    """The same with a prefix before all names."""
+    stem = {leaf: (prefix + their, lead)
+            for leaf, (their, lead) in self.stem.items()}
+    return dataclasses.replace(self, stem=stem, **{
+        field: prefix + getattr(self, field)
+        for field in ('patches', 'final_norm', 'projection', 'blocks')})
+
+  def swiglu_is_packed(self, config):
+    """Whether gate and up of a `VisionEncoderConfig` are in one matrix."""
+    return (self.packed is not None and config.mlp == 'swiglu'
+            and not config.inner_mlp_norm)
 
 
-def _style(tensors, names):
-  """EVA-CLIP in the style that names of tensors tell; sizes are any.
+def style(tensors, names):
+  """An image tower in the style that names of tensors tell; sizes are any.
 
   Returns:
-    `ClipConfig`.
+    `VisionEncoderConfig`.
   """
   found = {re.sub(r'\.\d+\.', '.{layer}.', name) for name in tensors}
   has = lambda *parts: any(names.blocks + part in found for part in parts)
@@ -93,30 +110,42 @@ def _style(tensors, names):
            for part in ('attention_norm', 'mlp_norm')]
   # A norm within an MLP of GELU has another epsilon, and no published model.
   inner = lambda part: has(f'{part}.weight', f'{part}.bias')
-  base = clip.SIZES['eva02-b16']
-  vision = dataclasses.replace(
-      base.vision, mlp='swiglu' if swiglu else 'gelu', rope_grid=None,
+  return dataclasses.replace(
+      vision_encoder.SIZES['eva02-b16'], rope_grid=None,
+      mlp='swiglu' if swiglu or _is_packed(tensors, names) else 'gelu',
       norm='layer' if has(*norms) else 'rms',
       qkv_bias='qv' if has(*biases) else False,
       inner_attention_norm=inner(names.block['attention/norm']),
       inner_mlp_norm=swiglu and inner(names.swiglu['mlp/norm']),
       layer_scale=0.1 if has(*names.scale) else None)
-  return dataclasses.replace(
-      base, vision=vision,
-      vision_projection_bias=f'{names.projection}.bias' in found)
 
 
-def _vision_rules(config, names):
-  """Rules of the image tower and of its projection."""
-  c, ours = config.vision, 'vision/stack/blocks/'
+def _is_packed(tensors, names):
+  """Whether gate and up are in one matrix; timm's has the name of another."""
+  block = names.blocks.format(layer=0)
+  up, down = (tensors.get(f'{block}{name}.weight') for name in (
+      names.packed, names.swiglu['mlp/down']))
+  return bool(up and down and len(down.shape) == 2
+              and up.shape[0] == 2 * down.shape[1])
+
+
+def vision_rules(c, names):
+  """Rules of an image tower without what stands behind it.
+
+  Args:
+    c: a `VisionEncoderConfig`.
+    names: of the layout.
+  """
+  ours = 'vision/stack/blocks/'
   heads, bias = (c.heads, c.width // c.heads), c.norm == 'layer'
   modules = names.block | (names.swiglu if c.mlp == 'swiglu' else names.gelu)
   absent = ['attention/norm'] * (not c.inner_attention_norm)
   absent += ['mlp/norm'] * (not c.inner_mlp_norm)
+  absent += ['mlp/gate', 'mlp/up'] * names.swiglu_is_packed(c)
   norms = {our: their for our, their in modules.items()
            if our.endswith('norm') and our not in absent}
   others = {our: their for our, their in modules.items()
-            if not our.endswith(('norm', *_QKV))}
+            if not our.endswith(('norm', *_QKV)) and our not in absent}
   # They are fused in the models that have no norm before the last matrix.
   fused = names.fused is not None and not c.inner_mlp_norm
   rules = [
@@ -125,9 +154,7 @@ def _vision_rules(config, names):
       *layout.patches('vision/patch_embedding', names.patches, c.patch),
       *layout.modules(norms, ours, names.blocks, bias=bias),
       *layout.modules(others, ours, names.blocks, heads),
-      *layout.norm('vision/stack/final_norm', names.final_norm, bias),
-      *layout.linear('vision_projection', names.projection,
-                     config.vision_projection_bias)]
+      *layout.norm('vision/stack/final_norm', names.final_norm, bias)]
   if fused:
     rules += layout.fused([f'{ours}attention/{part}' for part in _QKV],
                           f'{names.blocks}{names.fused}.weight', None, *heads)
@@ -135,6 +162,9 @@ def _vision_rules(config, names):
     rules += layout.modules(
         {f'attention/{part}': names.block[f'attention/{part}']
          for part in _QKV}, ours, names.blocks, heads, bias=False)
+  if names.swiglu_is_packed(c):
+    rules += layout.stacked_linear([f'{ours}mlp/gate', f'{ours}mlp/up'],
+                                   names.blocks + names.packed)
   if c.qkv_bias:
     rules += [_head_bias(f'{ours}attention/{part}/bias', names.blocks
                          + names.bias[not fused].format(part[0]), *heads)
@@ -145,6 +175,13 @@ def _vision_rules(config, names):
   return rules
 
 
+def _tower_rules(config, names):
+  """Rules of the image tower and of its projection."""
+  return [*vision_rules(config.vision, names),
+          *layout.linear('vision_projection', names.projection,
+                         config.vision_projection_bias)]
+
+
 def _head_bias(ours, theirs, N, H):
   """A bias of heads: [N * H] there, [N, H] here."""
   return layout.Rule((ours,), (theirs,), lambda x: (x.reshape(N, H),),
@@ -153,14 +190,14 @@ def _head_bias(ours, theirs, N, H):
 
 def _rules(config, names, text, scale='logit_scale'):
   """All rules where the text tower has OpenAI's names, below `text`."""
-  return [*_vision_rules(config, names),
+  return [*_tower_rules(config, names),
           *clip_layouts.openai_text_rules(config.text, text),
           layout.same('logit_scale', scale)]
 
 
 def _hf_rules(config, names):
   """All rules where the text tower is that of transformers' CLIP."""
-  return [*_vision_rules(config, names),
+  return [*_tower_rules(config, names),
           *(rule for rule in clip_layouts.LAYOUTS['hf_clip'].rules(config)
             if not rule.ours[0].startswith('vision'))]
 
@@ -169,19 +206,29 @@ def _hf_rules(config, names):
 # What names and shapes do not tell
 
 
-def _told(tensors, base, sizes):
+def told(tensors, base, sizes, alike, models):
   """What the published model of these sizes has, and what tables tell.
+
+  Args:
+    tensors: of the file.
+    base: its config but for sizes; of a tower alone, whatever is behind it.
+    sizes: {'vision.width': size, ...}.
+    alike: fields of the config in which models of one style are alike.
+    models: configs of the published ones.
 
   Returns:
     {field: value}; None stands for what has to be said.
   """
   get = lambda config, field: operator.attrgetter(field)(config)
-  found = {'vision.placement': None, 'vision.rope_grid': None, 'text.mlp': None}
-  for size in clip.SIZES.values():
-    if all(get(size, field) == sizes[field] for field in _SHAPE) and all(
-        get(size, field) == get(base, field) for field in _STYLE):
+  found = {'vision.placement': None, 'vision.rope_grid': None}
+  found |= {'text.mlp': None} if hasattr(base, 'text') else {}
+  shape = [field for field in _SHAPE if field in sizes]
+  for size in models:
+    if all(get(size, field) == sizes[field] for field in shape) and all(
+        get(size, field) == get(base, field) for field in alike):
       found = {field: get(size, field) or 'none' for field in found}
-      found['logit_scale'] = size.logit_scale
+      if hasattr(base, 'logit_scale'):
+        found['logit_scale'] = size.logit_scale
   for name, tensor in tensors.items():
     if name.endswith('freqs_sin'):
       found['vision.heads'] = max(1, sizes['vision.width'] // tensor.shape[-1])
@@ -266,6 +313,16 @@ def _hf_stated(beside):
       'text.mlp': text.get('hidden_act', 'gelu')}
 
 
+def check_said(said):
+  """Raises UserError for a grid of rotary positions that is none."""
+  grid = said.get('vision.rope_grid', 'none')
+  if grid != 'none' and not (
+      isinstance(grid, list | tuple) and len(grid) == 2
+      and all(type(size) is int and size > 0 for size in grid)):
+    raise errors.UserError(f'vision.rope_grid is said to be {grid!r}; allowed: '
+                           f'{SAYABLE["vision.rope_grid"]}.')
+
+
 def _recognise(tensors, beside, said, *, names, rules, stated, image,
                signature):
   """The config, or None; see `layout.Layout`.
@@ -276,17 +333,16 @@ def _recognise(tensors, beside, said, *, names, rules, stated, image,
   if not all(name in tensors for name in signature) or any(
       '.attn_pool.' in name for name in tensors):  # SigLIP's
     return None
-  grid = said.get('vision.rope_grid', 'none')
-  if grid != 'none' and not (
-      isinstance(grid, list | tuple) and len(grid) == 2
-      and all(type(size) is int and size > 0 for size in grid)):
-    raise errors.UserError(f'vision.rope_grid is said to be {grid!r}; allowed: '
-                           f'{_SAYABLE["vision.rope_grid"]}.')
-  base = _style(tensors, names)
+  check_said(said)
+  base = clip.SIZES['eva02-b16']
+  base = dataclasses.replace(
+      base, vision=style(tensors, names),
+      vision_projection_bias=f'{names.projection}.bias' in tensors)
   config = two_towers.recognise(
-      tensors, beside, said, rules=rules, base=base, sayable=_SAYABLE,
+      tensors, beside, said, rules=rules, base=base, sayable=SAYABLE,
       stated=lambda *_: stated(beside),
-      told=functools.partial(_told, tensors, base))
+      told=functools.partial(told, tensors, base, alike=STYLE,
+                             models=clip.SIZES.values()))
   if config is None:
     return None
   pixels = image(config, beside)
@@ -312,11 +368,12 @@ def _layout(names, rules=_rules, stated=_open_clip_stated, kind='open_clip',
 
 
 _GELU = {'mlp/up': 'mlp.fc1', 'mlp/down': 'mlp.fc2'}
-_AUTHORS = _Names(
-    stem={'class_embedding': ('visual.cls_token', 2),
-          'position_embedding': ('visual.pos_embed', 1)},
-    patches='visual.patch_embed.proj', final_norm='visual.norm',
-    projection='visual.head', blocks='visual.blocks.{layer}.',
+# Of an image tower by itself.
+AUTHORS = Names(
+    stem={'class_embedding': ('cls_token', 2),
+          'position_embedding': ('pos_embed', 1)},
+    patches='patch_embed.proj', final_norm='norm', projection='head',
+    blocks='blocks.{layer}.',
     block={
         'attention_norm': 'norm1', 'attention/query': 'attn.q_proj',
         'attention/key': 'attn.k_proj', 'attention/value': 'attn.v_proj',
@@ -327,18 +384,14 @@ _AUTHORS = _Names(
             'mlp/down': 'mlp.w3'},
     fused='attn.qkv', bias=('attn.{}_bias', 'attn.{}_bias'),
     scale=('gamma_1', 'gamma_2'))
-_TIMM = dataclasses.replace(
-    _AUTHORS,
-    stem={'class_embedding': ('visual.trunk.cls_token', 2),
-          'position_embedding': ('visual.trunk.pos_embed', 1)},
-    patches='visual.trunk.patch_embed.proj', final_norm='visual.trunk.norm',
-    projection='visual.trunk.head', blocks='visual.trunk.blocks.{layer}.',
-    block=_AUTHORS.block | {'attention/norm': 'attn.norm'},
+TIMM = dataclasses.replace(
+    AUTHORS, block=AUTHORS.block | {'attention/norm': 'attn.norm'},
     swiglu={'mlp/gate': 'mlp.fc1_g', 'mlp/up': 'mlp.fc1_x',
             'mlp/norm': 'mlp.norm', 'mlp/down': 'mlp.fc2'},
     bias=('attn.{}_bias', 'attn.{}_proj.bias'))
+_VISUAL = AUTHORS.below('visual.')
 _STEM = 'vision_model.embeddings.'
-_HF = _Names(
+_HF = Names(
     stem={'class_embedding': (f'{_STEM}class_embedding', 0),
           'position_embedding': (f'{_STEM}position_embedding.weight', 0)},
     patches=f'{_STEM}patch_embedding',
@@ -357,11 +410,12 @@ _HF = _Names(
 
 LAYOUTS = {
     'eva_clip_old_scale': _layout(
-        _AUTHORS, text='text.', scale='text.logit_scale',
+        _VISUAL, text='text.', scale='text.logit_scale',
         signature=['text.logit_scale']),
-    'eva_clip': _layout(_AUTHORS, text='text.'),
-    'eva_clip_old': _layout(_AUTHORS, text=''),
-    'eva_open_clip': _layout(_TIMM, text='text.', resize='antialias'),
+    'eva_clip': _layout(_VISUAL, text='text.'),
+    'eva_clip_old': _layout(_VISUAL, text=''),
+    'eva_open_clip': _layout(TIMM.below('visual.trunk.'), text='text.',
+                             resize='antialias'),
     # CLIP's names, but for these two, of which CLIP and SigLIP have one each.
     'eva_hf': _layout(
         _HF, _hf_rules, _hf_stated, 'hf_clip',

@@ -98,6 +98,18 @@ def linear(ours, theirs, bias=True):
           *_bias(ours, theirs, bias)]
 
 
+def stacked_linear(ours, theirs):
+  """Several matrices in one, [len(ours) * out, in] there, with biases."""
+  count = len(ours)
+  return [
+      Rule(tuple(f'{name}/kernel' for name in ours), (f'{theirs}.weight',),
+           lambda x: tuple(x.reshape(count, -1, x.shape[1]).swapaxes(1, 2)),
+           lambda *xs: (np.concatenate([x.T for x in xs]),)),
+      Rule(tuple(f'{name}/bias' for name in ours), (f'{theirs}.bias',),
+           lambda x: tuple(x.reshape(count, -1)),
+           lambda *xs: (np.concatenate(xs),))]
+
+
 def heads_in(ours, theirs, N, H, bias=True):
   """A projection to heads: [N * H, D] there, [D, N, H] here."""
   return fused([ours], f'{theirs}.weight', f'{theirs}.bias' if bias else None,

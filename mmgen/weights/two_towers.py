@@ -1,5 +1,7 @@
 """Which CLIP it is: the config of a model of two towers, from its tensors.
 
+Or of one of them: an image tower by itself.
+
 Sizes are read off the shapes. What shapes cannot tell (heads, activation, rows
 and columns of a grid) is taken from the JSON file beside the tensors, else from
 the published tower of these sizes, else by a rule that holds for all published
@@ -43,7 +45,8 @@ def recognise(tensors, beside, said, *, rules, base, stated,
     beside: {name: content} of JSON files.
     said: {'vision.heads': value, ...} by the user; goes before all else.
     rules: of the layout, of a config.
-    base: config of the family, which has what nothing else tells.
+    base: config of the family, which has what nothing else tells: a
+      `ClipConfig`, or another that has 'vision'.
     stated: function (tensors, beside, base) -> as `said`, by the JSON files;
       None stands for what has to be said.
     told: function from sizes, {'vision.width': size, ...}, to what a model of
@@ -64,12 +67,13 @@ def recognise(tensors, beside, said, *, rules, base, stated,
     found |= dict.fromkeys(rule.ours, [
         tensor.shape for theirs, tensor in tensors.items()
         if re.fullmatch(name, theirs)])
-  parts = [f'{tower}/stack/blocks/' for tower in TOWERS]
+  towers = _towers(base)
+  parts = [f'{tower}/stack/blocks/' for tower in towers]
   parts += ['vision/head/'] * (base.vision.pooling == 'map')
   if not all(any(shapes for ours, shapes in found.items()
                  if ours.startswith(part)) for part in parts):
     return None
-  known = _sizes(found, base)
+  known = _sizes(found, base, towers)
   facts = told(known) | stated(tensors, beside, base)
   known |= facts
   said = dict(said)
@@ -77,10 +81,11 @@ def recognise(tensors, beside, said, *, rules, base, stated,
     del said['vision.image_size']
   for field, value in said.items():
     if field not in sayable:
-      raise errors.UserError(f'{field} cannot be said of CLIP; what can: '
+      what = 'CLIP' if len(towers) > 1 else 'an image tower'
+      raise errors.UserError(f'{field} cannot be said of {what}; what can: '
                              f'{", ".join(sayable)}.')
     value = tuple(value) if isinstance(value, list) else value
-    known |= {f'{tower}.mlp': value for tower in TOWERS
+    known |= {f'{tower}.mlp': value for tower in towers
               } if field == 'mlp' else {field: value}
   both = 'mlp' in sayable  # the towers are asked for as one
   asked = sorted({'mlp' if both and field.endswith('.mlp') else field
@@ -95,6 +100,11 @@ def recognise(tensors, beside, said, *, rules, base, stated,
                          for field, value in known.items()})
 
 
+def _towers(config):
+  """The towers that a model has, of `TOWERS`."""
+  return [tower for tower in TOWERS if hasattr(config, tower)]
+
+
 def _replace(base, known):
   """The base with {'embed': value, 'vision.heads': value, ...}."""
   fields = collections.defaultdict(dict)
@@ -103,20 +113,21 @@ def _replace(base, known):
     fields[part][field] = value
   try:
     towers = {tower: dataclasses.replace(getattr(base, tower), **fields[tower])
-              for tower in TOWERS}
+              for tower in _towers(base)}
     for tower in towers.values():
       _ = tower.stack  # which checks what a stack is made of
     return dataclasses.replace(base, **towers, **fields[''])
   except (TypeError, ValueError) as error:
-    raise errors.UserError(f'no CLIP has these sizes: {error}') from error
+    raise errors.UserError(f'no model has these sizes: {error}') from error
 
 
-def _sizes(found, base):
+def _sizes(found, base, towers):
   """Reads sizes off shapes; most tensors decide, so as to tell a wrong one.
 
   Args:
     found: {our name: shapes of its tensors, in all layers}.
     base: config of the family.
+    towers: of `TOWERS`, that it has.
 
   Returns:
     {'vision.width': size, ...}: 1 where there is no tensor, since then
@@ -125,7 +136,7 @@ def _sizes(found, base):
   most = lambda values: collections.Counter(values or [1]).most_common(1)[0][0]
   shape = lambda ours: most(found[ours] or [(1, 1)])
   sizes = {}
-  for tower in TOWERS:
+  for tower in towers:
     blocks = f'{tower}/stack/blocks/'
     inner = {ours.removeprefix(blocks): shapes
              for ours, shapes in found.items() if ours.startswith(blocks)}
@@ -142,12 +153,14 @@ def _sizes(found, base):
             [len(shapes) for shapes in inner.values()])}
     query = shape(f'{blocks}attention/query/kernel')
     sizes[f'{tower}.heads'] = (
-        query[-2] if len(query) > 2 else _heads(sizes, tower))
+        query[-2] if len(query) > 2 else published_heads(sizes, tower))
   numbers = math.prod(shape('vision/patch_embedding/kernel'))
   sizes['vision.patch'] = max(
       1, math.isqrt(numbers // (3 * sizes['vision.width'])))
   sizes['vision.image_size'] = _image_size(
       sizes, shape('vision/position_embedding')[-2] - base.vision.class_token)
+  if 'text' not in towers:
+    return sizes
   sizes['text.vocab'] = shape('text/token_embedding/embedding')[-2]
   sizes['text.length'] = shape('text/position_embedding')[-2]
   sizes['embed'] = (math.prod(shape('text_projection/kernel'))
@@ -155,7 +168,7 @@ def _sizes(found, base):
   return sizes
 
 
-def _heads(sizes, tower):
+def published_heads(sizes, tower):
   """Heads of the published tower of these sizes, or by CLIP's rule."""
   width = sizes[f'{tower}.width']
   for size in TOWERS[tower].values():

@@ -22,12 +22,13 @@ from mmgen import errors
 from mmgen import weights
 from mmgen.models import clip
 from mmgen.models import vision_encoder
+from mmgen.weights import eva_clip
 from mmgen.weights import files
 from mmgen.weights import two_towers
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 SIZES = [size for size in clip.SIZES if size.startswith('eva')]
-LAYOUTS = [name for name in weights.FAMILIES if name.startswith('eva')]
+LAYOUTS = list(eva_clip.LAYOUTS)
 POST = {'vision.placement': 'post', 'vision.rope_grid': 'none',
         'text.mlp': 'gelu'}
 PRE = POST | {'vision.placement': 'pre'}
