@@ -81,22 +81,25 @@ class Clip(nn.Module):
     Args:
       batch: images uint8 [B, Y, X, 3], tokens [B, T], valid [B, T], as
         `layout.pair` makes them; in training with patch dropout also kept
-        [B, P], see `vision_encoder.draw_patches`.
+        [B, P], see `vision_encoder.draw_patches`, and with drop path factors
+        [B, L, 2], see `transformer.draw_branches`.
 
     Returns:
       ((image_BE, text_BE), out): normalised float32 embeddings; out has the
       towers' own `out`, prefixed 'vision/' and 'text/'.
     """
     image_BE, image_out = self.encode_image(
-        batch['images'], kept_BP=batch.get('kept'))
+        batch['images'], kept_BP=batch.get('kept'),
+        factors_BL2=batch.get('factors'))
     text_BE, text_out = self.encode_text(batch['tokens'], batch['valid'])
     out = {f'vision/{k}': v for k, v in image_out.items()}
     out |= {f'text/{k}': v for k, v in text_out.items()}
     return (image_BE, text_BE), out
 
-  def encode_image(self, images_BYXC, taps=(), kept_BP=None):
+  def encode_image(self, images_BYXC, taps=(), kept_BP=None, factors_BL2=None):
     """Returns (image_BE, out): normalised float32 embeddings of images."""
-    pooled_BD, out = self.vision.encode(images_BYXC, taps, kept_BP)
+    pooled_BD, out = self.vision.encode(
+        images_BYXC, taps, kept_BP, factors_BL2)
     out['pooled'] = pooled_BD
     if self.config.vision_projection:
       pooled_BD = self.vision_projection(pooled_BD)

@@ -13,6 +13,7 @@ import operator
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmgen import partition
 from mmgen.models import attention
@@ -43,6 +44,9 @@ class StackConfig:
       of all keys, before positions turn them (arXiv 2302.05442, section 2).
     layer_scale: initial factor of each branch, by channel; None for none
       (CaiT, arXiv 2103.17239).
+    drop_path: share of the examples in which training leaves out a branch of
+      the last block; falls evenly to 0 at the first; see `draw_branches`
+      (stochastic depth, arXiv 1603.09382).
     rope: a name in `attention.ROTARY`: how positions turn queries and keys.
     rope_theta: base of rotary positions; None for none.
     rope_share: of the channels of a head, part that turns: the first ones.
@@ -73,6 +77,7 @@ class StackConfig:
   inner_mlp_norm: bool = False
   query_key_norm: bool = False
   layer_scale: float | None = None
+  drop_path: float = 0.0
   rope: str = 'line'
   rope_theta: float | None = None
   rope_share: float = 1.0
@@ -107,6 +112,9 @@ class StackConfig:
     if self.heads % self.K:
       raise ValueError(f'kv_heads: {self.K}; allowed: divisors of heads, '
                        f'{self.heads}.')
+    if not 0 <= self.drop_path < 1:
+      raise ValueError(f'drop_path: {self.drop_path}; allowed: from 0 (keep '
+                       'all) to below 1.')
     # A pair turns at once; on a grid, one for each of two axes.
     pairs = {'line': 2, 'grid': 4}[self.rope]
     if self.rope_theta is not None and (
@@ -306,7 +314,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, mask, positions_BT, cache, adapters=None,
-               routes=None):
+               factors_B2=None, routes=None):
     c = self.config
     # Without slots of pictures the first set serves all.
     second = self.get_variable('params', 'visual') if routes else {}
@@ -321,6 +329,9 @@ class Block(nn.Module):
         init = nn.initializers.constant(c.layer_scale)
         scale = self.param(f'{name}_scale', init, (c.width,))
         change *= _spread(scale.astype(c.dtype), change)
+      if factors_B2 is not None:
+        branch = ('attention', 'mlp').index(name)
+        change *= factors_B2[:, branch, None, None].astype(c.dtype)
       return change
     change, cache = SelfAttention(c, name='attention')(
         before('attention', x_BTD), mask, positions_BT, cache, adapters,
@@ -337,7 +348,7 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, mask, positions_BT=None, cache=None, taps=(),
-               adapters=None, visual_BT=None):
+               adapters=None, factors_BL2=None, visual_BT=None):
     """Runs all blocks, then the final norm.
 
     Args:
@@ -351,6 +362,8 @@ class Stack(nn.Module):
         the first block, ... (before the final norm).
       adapters: `lora.Adapters` of all layers, if the blocks have any; not
         beside `modality_weights`.
+      factors_BL2: by which both branches of each block are multiplied, from
+        `draw_branches` in training; None for 1.
       visual_BT: bool, slots of pictures; None for none. Read only if the
         config has `modality_weights`.
 
@@ -370,7 +383,9 @@ class Stack(nn.Module):
     if not all(0 <= tap <= c.layers for tap in taps):
       raise ValueError(f'Stack: taps {taps}; allowed: 0 to {c.layers}.')
 
-    blocks = self.param('blocks', _init_blocks, c), adapters
+    # What differs from layer to layer, along the first axis of every leaf.
+    blocks = (self.param('blocks', _init_blocks, c), adapters,
+              None if factors_BL2 is None else factors_BL2.swapaxes(0, 1))
     routes = (modality.route(visual_BT)
               if c.modality_weights and visual_BT is not None else None)
     x_BTD = x_BTD.astype(c.dtype)
@@ -384,6 +399,26 @@ class Stack(nn.Module):
     if cache is not None:
       out['cache'] = written
     return x_BTD, out
+
+
+def draw_branches(config, keys_B):
+  """Draws which branches training leaves out of each example.
+
+  What is kept is divided by the share that is kept, as in the references; a
+  branch of the first block is never left out.
+
+  Args:
+    config: a `StackConfig`.
+    keys_B: a random key for each example.
+
+  Returns:
+    float32 [B, L, 2], of attention and MLP, for `Stack`.
+  """
+  share = 1 - np.linspace(0, config.drop_path, config.layers)
+  kept_1L1 = jnp.asarray(share, jnp.float32)[None, :, None]
+  draws_BL2 = jax.vmap(
+      lambda key: jax.random.uniform(key, (config.layers, 2)))(keys_B)
+  return jnp.where(draws_BL2 < kept_1L1, 1 / kept_1L1, 0)
 
 
 def init_cache(config, batch, length, dtype):
@@ -435,9 +470,10 @@ def _init_blocks(rng, config):
 
 def _block_function(config):
   def apply(block, x_BTD, mask, positions_BT, cache, routes):
-    params, adapters = block
+    params, adapters, factors_B2 = block
     return Block(config, parent=None).apply(
-        {'params': params}, x_BTD, mask, positions_BT, cache, adapters, routes)
+        {'params': params}, x_BTD, mask, positions_BT, cache, adapters,
+        factors_B2, routes)
   if config.remat:
     # Inside a scan XLA cannot merge the two passes, so it need not be fenced.
     apply = jax.checkpoint(apply, prevent_cse=config.unroll)

@@ -50,6 +50,8 @@ class VisionEncoderConfig:
       stretched; the class token is not turned. None for none.
     patch_dropout: share of the patches that training leaves out of each image;
       see `draw_patches`.
+    drop_path: as in `transformer.StackConfig`; 0.4 in the released config of
+      the first EVA01-CLIP-g/14, 0 in those of all others.
     pre_norm: a norm between the embeddings and the first block.
     pooling: a name in `POOLINGS`, for `encode`.
     tap: which hidden state makes the table, as an index into (input, block 1,
@@ -80,6 +82,7 @@ class VisionEncoderConfig:
   class_token: bool = True
   rope_grid: tuple[int, int] | None = None
   patch_dropout: float = 0.0
+  drop_path: float = 0.0
   pre_norm: bool = True
   pooling: str = 'cls'
   tap: int | None = -2
@@ -145,6 +148,7 @@ class VisionEncoderConfig:
         out_bias=True, mlp_bias=True,
         inner_attention_norm=self.inner_attention_norm,
         inner_mlp_norm=self.inner_mlp_norm, layer_scale=self.layer_scale,
+        drop_path=self.drop_path,
         rope='grid', rope_theta=1e4 if self.rope_grid else None,
         final_norm=self.final_norm,
         init=self.init, remat=self.remat, unroll=self.unroll,
@@ -250,21 +254,24 @@ class VisionEncoder(nn.Module):
              if c.class_entry else cells_BPD)
     return x_BPD.reshape(B, I, *x_BPD.shape[1:]), out
 
-  def encode(self, images_BYXC, taps=(), kept_BP=None):
+  def encode(self, images_BYXC, taps=(), kept_BP=None, factors_BL2=None):
     """Embeds each image as one vector, without a projection.
 
     Args:
       images_BYXC: uint8 pixels.
       taps: blocks whose output is wanted in out['taps']; 0 is the input.
       kept_BP: patches to look at, as `draw_patches` gives them; default all.
+      factors_BL2: of the branches of blocks, as `transformer.draw_branches`
+        gives them; default 1.
 
     Returns:
       (pooled_BD, out); out['hidden'] are all tokens after the final norm.
     """
-    return self._tokens(images_BYXC, taps, kept_BP, pool=True)
+    return self._tokens(images_BYXC, taps, kept_BP, factors_BL2, pool=True)
 
   @nn.compact
-  def _tokens(self, images_BYXC, taps, kept_BP=None, pool=False):
+  def _tokens(self, images_BYXC, taps, kept_BP=None, factors_BL2=None,
+              pool=False):
     c = self.config
     c.check(images_BYXC.shape[1:3])
     patches_BPC = patchify(standardise(images_BYXC, c.mean, c.std), c.patch)
@@ -294,7 +301,7 @@ class VisionEncoder(nn.Module):
     x_BPD, out = transformer.Stack(c.stack, name='stack')(
         x_BPD, attention.Mask(),
         pick(jnp.asarray(c.places, jnp.float32)) if c.rope_grid else None,
-        taps=taps)
+        taps=taps, factors_BL2=factors_BL2)
     out['hidden'] = x_BPD
     if not pool:
       return x_BPD, out

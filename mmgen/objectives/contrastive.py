@@ -12,12 +12,14 @@ part only.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mmgen import partition
+from mmgen.models import transformer
 from mmgen.models import vision_encoder
 from mmgen.objectives import common
 
@@ -124,21 +126,30 @@ class Contrastive:
       rng: the key of the step; not read if the model draws nothing.
 
     Returns:
-      The batch with the patches that are kept, 'kept', if any are dropped.
+      The batch with the patches that are kept, 'kept', and the factors of the
+      branches of the image tower, 'factors', if any are left out.
     """
     vision = self.model.config.vision
-    if not vision.patch_dropout:
+    draws = {}  # {what it is called: (field that asks for it, how to draw)}
+    if vision.patch_dropout:
+      draws['kept'] = 'patch_dropout', functools.partial(
+          vision_encoder.draw_patches, vision)
+    if vision.drop_path:
+      draws['factors'] = 'drop_path', functools.partial(
+          transformer.draw_branches, vision.stack)
+    if not draws:
       return batch
     if rng is None:
-      raise ValueError(f'model.vision.patch_dropout is {vision.patch_dropout}, '
-                       'but there is no random key to draw patches with.')
-    def kept(source, arrays):
+      field, _ = next(iter(draws.values()))
+      raise ValueError(f'model.vision.{field} is {getattr(vision, field)}, but '
+                       'there is no random key to draw with.')
+    def drawn(source, count, field, draw):
       keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
-          common.purpose_key(rng, f'patch_dropout/{source}'),
-          jnp.arange(len(arrays['images'])))
-      return vision_encoder.draw_patches(vision, keys_B)
-    return {source: {**arrays, 'kept': kept(source, arrays)}
-            for source, arrays in batch.items()}
+          common.purpose_key(rng, f'{field}/{source}'), jnp.arange(count))
+      return draw(keys_B)
+    return {source: arrays | {
+        name: drawn(source, len(arrays['images']), *draw)
+        for name, draw in draws.items()} for source, arrays in batch.items()}
 
   def encode(self, params, frozen, batch):
     """The part of the loss in which examples are independent.

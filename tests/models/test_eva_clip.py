@@ -1,4 +1,4 @@
-"""EVA-CLIP against its reference, published sizes, and patch dropout.
+"""EVA-CLIP against its reference, published sizes, patch dropout, drop path.
 
 The arrays in tests/golden/eva_*.npz hold random weights, inputs and what every
 stage of tiny models of each style made of them. All but eva_oblong are of the
@@ -354,6 +354,43 @@ def test_dropout_is_off_unless_patches_are_given():
   table, _ = jax.jit(lambda images: vision_encoder.VisionEncoder(tower).apply(
       {'params': params['vision']}, images, None))(golden['images'][:, None])
   close(table[:, 0], golden['vision/2'][:, 1:])
+
+
+@pytest.mark.parametrize('name, change', [
+    ('eva_rope', dict()), ('eva_rope', dict(unroll=True)),
+    ('eva_rms_post', dict(remat=True))], ids=str)
+def test_branches_are_left_out_as_in_the_reference(name, change):
+  """The reference in training, with the factors that it happened to draw."""
+  golden, dropped = load(name), load('eva_drop_path')
+  dropped = {key.partition('/')[2]: value for key, value in dropped.items()
+             if key.startswith(f'{name}/')}
+  config = CASES[name]
+  tower = dataclasses.replace(config.vision, drop_path=0.5, **change)
+  params = from_reference(golden, config, 'param/')
+
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def run(params, taps=()):
+    pooled, _ = vision_encoder.VisionEncoder(tower).apply(
+        {'params': params['vision']}, golden['images'], taps, None,
+        dropped['factors'], method='encode')
+    head = projected(params, pooled)
+    factors = jnp.linspace(-1, 1, head.size).reshape(head.shape)
+    return jnp.sum(head * factors), head
+
+  (_, head), gradient = jax.jit(run)(params)
+  close(head, dropped['head'])
+  close(gradient['vision']['position_embedding'], dropped['pos_grad'])
+  if name == 'eva_rms_post':  # cut into segments
+    close(jax.jit(lambda params: run(params, (1, 3))[0][1])(params),
+          dropped['head'])
+    # Without factors nothing is left out.
+    model = clip.Clip(dataclasses.replace(config, vision=tower))
+    embed = lambda **more: model.apply({'params': params}, dict(
+        images=golden['images'], tokens=golden['tokens'],
+        valid=golden['tokens'] > 0, **more))[0][0]
+    close(embed(), golden['image_embeds'])
+    close(embed(factors=dropped['factors']),
+          head / np.linalg.norm(head, axis=1, keepdims=True))
 
 
 # vision with its projection, text with its projection, both and a temperature

@@ -102,6 +102,29 @@ def test_scan_unroll_and_remat_are_equal_with_all_options():
   _equal(run(remat=True), scanned)
 
 
+def test_each_branch_is_left_out_as_often_as_it_is_said():
+  config = dataclasses.replace(CONFIG, layers=4, drop_path=0.6)
+  keys = jax.random.split(jax.random.key(0), 2000)
+  found = np.asarray(transformer.draw_branches(config, keys))
+  assert found.shape == (2000, 4, 2) and found.dtype == np.float32
+  kept = 1 - np.array([0, 0.2, 0.4, 0.6])
+  for layer, share in enumerate(kept):
+    np.testing.assert_allclose(
+        np.unique(found[:, layer]), [1.0] if share == 1 else [0, 1 / share],
+        rtol=1e-6)
+    # 4.5 sigma.
+    off = 4.5 * (share * (1 - share) / 2000) ** 0.5
+    assert np.abs((found[:, layer] > 0).mean(0) - share).max() <= off
+  # Attention and MLP, and examples, on their own.
+  both = (found[:, 3] > 0).all(-1).mean()
+  assert abs(both - 0.16) < 0.04
+  assert len({x.tobytes() for x in found}) > 25
+  np.testing.assert_array_equal(
+      found[:5], transformer.draw_branches(config, keys[:5]))
+  config = dataclasses.replace(config, layers=1)
+  assert (np.asarray(transformer.draw_branches(config, keys)) == 1).all()
+
+
 def test_parameters_of_the_options():
   names = lambda tree: {
       jax.tree_util.keystr(path, simple=True, separator='/')
@@ -335,6 +358,8 @@ def test_block_flops_by_hand():
     (dict(rope_share=1.5), 'turns 6 channels; .* up to head_dim'),
     (dict(rope_share=0.1), 'turns 0 channels'),
     (dict(rope='spiral'), "rope: 'spiral'; allowed: line, grid"),
+    (dict(drop_path=1.0), 'drop_path: 1.0; allowed: from 0'),
+    (dict(drop_path=-0.1), 'drop_path: -0.1; allowed: from 0'),
     (dict(placement='both'), "placement: 'both'; allowed: pre, post"),
     (dict(qkv_bias='k'), "qkv_bias: 'k'; allowed: True, False, qv")])
 def test_config_errors(fields, message):

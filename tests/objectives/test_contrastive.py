@@ -324,6 +324,31 @@ def test_nothing_is_drawn_without_dropout_and_nothing_dropped_without_a_key():
     DROPPING.draw({'a': square_batch()}, None)
 
 
+def test_branches_are_drawn_for_themselves():
+  """By key, source and example, and changing nothing of what else is drawn."""
+  def objective(**fields):
+    model = DroppingToy()
+    model.config = dataclasses.replace(CONFIG, vision=dataclasses.replace(
+        DroppingToy.config.vision, layers=3, **fields))
+    return contrastive.Contrastive(model)
+  batch = {'a': square_batch(), 'b': square_batch()}
+  found = objective(drop_path=0.5).draw(batch, KEY)
+  kept = DROPPING.draw(batch, KEY)
+  for source in batch:
+    assert found[source]['factors'].shape == (B, 3, 2)
+    np.testing.assert_array_equal(
+        found[source]['kept'], kept[source]['kept'])
+  alone = objective(drop_path=0.5, patch_dropout=0.0)
+  other = alone.draw({'a': square_batch(5)}, KEY)['a']
+  assert 'kept' not in other
+  np.testing.assert_array_equal(other['factors'], found['a']['factors'][:5])
+  rows = lambda arrays: np.asarray(arrays['factors']).tolist()
+  assert rows(found['a']) != rows(found['b'])
+  assert rows(found['a']) != rows(alone.draw(batch, jax.random.key(4))['a'])
+  with pytest.raises(ValueError, match='drop_path is 0.5, but there is no'):
+    alone.draw(batch, None)
+
+
 def test_the_same_patches_are_kept_in_parts_and_on_8_devices():
   batch = {'a': square_batch(), 'b': square_batch(4)}
   rng = np.random.default_rng(1)
