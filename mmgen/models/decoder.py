@@ -86,8 +86,8 @@ class Decoder(nn.Module):
   def __call__(self, x_BTD, mask, positions_BT, cache=None, taps=(),
                adapters=None, visual_BT=None):
     """Runs the stack; see `transformer.Stack`. Returns (hidden, out)."""
-    return self.stack(x_BTD, mask, positions_BT, cache, taps, adapters,
-                      visual_BT)
+    return self.stack(x_BTD, mask, positions_BT, cache, taps,
+                      adapters=adapters, visual_BT=visual_BT)
 
   def logits(self, hidden_BTD):
     """Returns the logits of hidden states, [B, T, V] in float32."""

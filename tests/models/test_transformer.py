@@ -349,7 +349,8 @@ def test_block_flops_by_hand():
 
 @pytest.mark.parametrize('fields, message', [
     (dict(norm='batch'), "norm: 'batch'; allowed: rms, layer"),
-    (dict(mlp='silu'), 'allowed: swiglu, gelu, gelu_tanh, quick_gelu, relu, relu2'),
+    (dict(mlp='silu'),
+     'allowed: swiglu, gelu, gelu_tanh, quick_gelu, relu, relu2'),
     (dict(heads=5), 'heads: 5 does not divide width 24'),
     (dict(kv_heads=4), 'kv_heads: 4; allowed: divisors of heads, 6'),
     (dict(head_dim=3), "turns 3 channels; allowed with rope 'line': multiples"),

@@ -138,7 +138,8 @@ def test_published_towers_are_told_by_their_shapes(size):
   if inner:
     config = image_tower.ImageTowerConfig(
         vision_encoder.SIZES[size], embed=768, embed_bias=False)
-    assert recognised(published_files.shapes('timm_eva', config)[0])[1] == config
+    shapes, _ = published_files.shapes('timm_eva', config)
+    assert recognised(shapes)[1] == config
 
 
 @pytest.mark.parametrize('size', ['siglip-b16', 'siglip-so400m-384'])
