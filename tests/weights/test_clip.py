@@ -254,8 +254,8 @@ def test_what_nothing_tells_is_asked():
     assert part in said
   with pytest.raises(errors.UserError, match='width cannot be said of CLIP'):
     weights.recognise(GOLDEN / 'hf_clip_gelu', {'width': 3})
-  with pytest.raises(errors.UserError, match="mlp: 'relu'; allowed"):
-    weights.recognise(GOLDEN / 'hf_clip_gelu', {'mlp': 'relu'})
+  with pytest.raises(errors.UserError, match="mlp: 'tanh'; allowed"):
+    weights.recognise(GOLDEN / 'hf_clip_gelu', {'mlp': 'tanh'})
   # CLIP's rule would give H/14 20 heads; it has 16.
   _, tensors = published('clip-b32', 'openai_clip')
   tensors = {name: types.SimpleNamespace(shape=tuple(
