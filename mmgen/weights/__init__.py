@@ -176,8 +176,11 @@ def _resized(config, said):
   size = said.get('vision.image_size')
   if size is None or tuple(size) == tuple(config.vision.image_size):
     return config
-  return dataclasses.replace(config, vision=dataclasses.replace(
-      config.vision, image_size=tuple(size)))
+  try:
+    return dataclasses.replace(config, vision=dataclasses.replace(
+        config.vision, image_size=tuple(size)))
+  except ValueError as error:
+    raise errors.UserError(str(error)) from error
 
 
 def _folder(path):

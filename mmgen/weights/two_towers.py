@@ -32,7 +32,8 @@ _SAYABLE = {
     'vision.mlp': 'as mlp', 'text.mlp': 'as mlp',
     'vision.heads': 'of 64 in towers up to a width of 1024, wider ones differ',
     'text.heads': 'as vision.heads',
-    'vision.image_size': '[rows, columns] of pixels',
+    'vision.image_size': '[rows, columns] of pixels; positions that are stored '
+                         'for another are resized',
 }
 
 
@@ -200,8 +201,16 @@ def asks_to_resize(known, facts, wanted):
     known: {'vision.image_size': (rows, columns), ...} of the file.
     facts: what of it is not read off shapes.
     wanted: that is said; None for nothing.
+
+  Raises:
+    UserError: it is no size of pictures.
   """
   stored, patch = known['vision.image_size'], known['vision.patch']
+  if wanted is not None and not (
+      isinstance(wanted, list | tuple) and len(wanted) == 2
+      and all(isinstance(pixels, int) and pixels > 0 for pixels in wanted)):
+    raise errors.UserError(f'vision.image_size is said to be {wanted!r}; '
+                           f'allowed: {_SAYABLE["vision.image_size"]}.')
   if not wanted or not stored or not all(stored):  # no positions, no grid
     return False
   (a, b), (c, d) = ([pixels // patch for pixels in pair(size)]

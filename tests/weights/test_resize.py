@@ -164,6 +164,16 @@ def test_rotary_positions_are_stretched_over_the_new_grid(tmp_path):
       [0, 0], [0, 4], [0, 8], [0, 12], [2, 0]])
 
 
+def test_impossible_sizes():
+  path = GOLDEN / 'weights' / 'hf_clip_square'
+  for size in 448, [448], ['a', 'b'], [0, 9], 'big':
+    with pytest.raises(errors.UserError, match='image_size is said to be .*; a'
+                       r'llowed: \[rows, columns\]'):
+      weights.load(path, said={'vision.image_size': size})
+  with pytest.raises(errors.UserError, match='smaller than vision.patch, 4'):
+    weights.load(path, said={'vision.image_size': [3, 9]})
+
+
 def test_a_grid_that_nothing_tells_is_what_is_said(tmp_path):
   """A bare table of 4 x 2 cells, or of 16, which need not be 4 x 4."""
   path = GOLDEN / 'weights' / 'open_clip_oblong.pt'
