@@ -16,6 +16,7 @@ import functools
 import logging
 import pathlib
 import subprocess
+import sys
 
 from etils import epath
 import flax.traverse_util
@@ -74,6 +75,25 @@ def _not_of_orbax(record):
 
 
 logging.getLogger('absl').addFilter(_not_of_orbax)
+
+
+@functools.cache
+def _report_failures_once():
+  """Keeps the arrays that fail after the first one from a traceback each.
+
+  orbax raises what befell the first array of a save, which is reported, and
+  closes its event loop; the others find it closed when they end, in threads
+  that nobody waits for.
+  """
+  before = sys.unraisablehook
+
+  def hook(found):
+    late = isinstance(found.exc_value, RuntimeError) and (
+        str(found.exc_value) == 'Event loop is closed')
+    if not late:
+      before(found)
+
+  sys.unraisablehook = hook
 
 
 # ---------------------------------------------------------------------------
@@ -165,6 +185,7 @@ class Checkpointer:
     Raises:
       UserError: the folder cannot be written.
     """
+    _report_failures_once()
     self._folder = epath.Path(folder)
     with writing(self._folder):
       (self._folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
