@@ -55,16 +55,14 @@ def evaluate(run, data_dir, names=None, progress=lambda name: None):
       config=run.config, model=run.model, tokenizer=run.tokenizer,
       image_layout=run.image_layout, data_dir=data_dir,
   ))
+  result = dict(
+      name=run.config.name, step=run.step,
+      **evaluators_lib.run_all(evaluators, run.params, run.folder, progress),
+      device=jax.devices()[0].device_kind,
+      git_revision=checkpoint.git_revision(),
+  )
+  path = run.folder / 'evaluation.json'
   with checkpoint.writing(run.folder):
-    result = dict(
-        name=run.config.name, step=run.step,
-        **evaluators_lib.run_all(
-            evaluators, run.params, run.folder, progress
-        ),
-        device=jax.devices()[0].device_kind,
-        git_revision=checkpoint.git_revision(),
-    )
-    path = run.folder / 'evaluation.json'
     path.write_text(json.dumps(result, indent=1) + '\n')
   return result
 

@@ -75,11 +75,14 @@ def _open_pipeline(config, data_dir, image_layout=None, process_index=0,
 class Scorer:
   """Scores a run by the sum of its decoder's embedding."""
   fingerprint = 'abc'
+  trouble = None  # raised in place of a score
 
   def __init__(self):
     self.predictions = []
 
   def run(self, params):
+    if self.trouble:
+      raise self.trouble
     self.predictions = [
         {'id': 'é', 'condition': 'picture', 'type': 'what'}]
     yield 'sum', float(jnp.sum(params['decoder']['embedding']))
@@ -322,6 +325,21 @@ def test_not_finite_stops_with_a_good_state_and_names_records(
   monkeypatch.setattr(train_lib.next_token, 'cross_entropy', cross_entropy)
   train_lib.train(_config(), tmp_path, '')
   assert _columns(tmp_path) == _columns(whole[0])
+
+
+def test_trouble_of_an_evaluator_is_no_full_disk(whole, tmp_path, monkeypatch):
+  folder = _cut_off(whole[0], tmp_path, 24)
+  monkeypatch.setattr(Scorer, 'trouble', FileNotFoundError(2, 'gone', 'x.png'))
+  with pytest.raises(FileNotFoundError):
+    train_lib.train(_config(), folder, '')
+
+
+def test_predictions_that_cannot_be_written_are_a_user_error(whole, tmp_path):
+  folder = _cut_off(whole[0], tmp_path, 24)
+  shutil.rmtree(folder / 'predictions')
+  (folder / 'predictions').write_text('')
+  with pytest.raises(errors.UserError, match='cannot write below'):
+    train_lib.train(_config(), folder, '')
 
 
 @pytest.mark.parametrize('fields, message', [

@@ -24,6 +24,7 @@ from mmgen.evaluators import loss
 from mmgen.evaluators import retrieval
 from mmgen.evaluators import vqa
 from mmgen.evaluators import zero_shot
+from mmgen.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +96,12 @@ def run_all(evaluators, params, folder, progress=lambda name: None):
   Returns:
     dict: 'scores' {'<name>/<score>': value}, 'examples' {'<name>/<score>':
     held-out examples behind it}, 'fingerprints' {name: fingerprint}.
+
+  Raises:
+    UserError: the folder cannot be written.
   """
   scores, examples = {}, {}
   folder = epath.Path(folder) / 'predictions'
-  folder.mkdir(parents=True, exist_ok=True)
   for name, evaluator in evaluators.items():
     progress(name)
     for score, value in evaluator.run(params):
@@ -114,7 +117,9 @@ def run_all(evaluators, params, folder, progress=lambda name: None):
     lines = [
         json.dumps(p, ensure_ascii=False) for p in evaluator.predictions
     ]
-    (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
+    with checkpoint.writing(folder.parent):
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
   return dict(
       scores=scores, examples=examples,
       fingerprints={n: e.fingerprint for n, e in evaluators.items()},

@@ -48,9 +48,11 @@ def git_revision() -> str:
 
 
 # What the array store quotes when the system refuses to write; it raises
-# ValueErrors and RuntimeErrors.
+# ValueErrors and RuntimeErrors. A device without memory says the same as a
+# store without room, and more.
 _REFUSALS = ('No space left', 'Permission denied', 'Read-only', 'too large',
              'Not a directory', 'Disk quota', 'RESOURCE_EXHAUSTED')
+_NO_MEMORY = 'Out of memory'
 
 
 @contextlib.contextmanager
@@ -60,8 +62,9 @@ def writing(folder):
     yield
   except (OSError, ValueError, RuntimeError) as error:
     text = getattr(error, 'strerror', None) or str(error).rpartition(': ')[2]
-    if not isinstance(error, OSError) and not any(
-        refusal in str(error) for refusal in _REFUSALS):
+    if not isinstance(error, OSError) and (
+        _NO_MEMORY in str(error)
+        or not any(refusal in str(error) for refusal in _REFUSALS)):
       raise
     raise errors.UserError(
         f'cannot write below {folder}: {text.splitlines()[0]}. Free some '

@@ -160,8 +160,7 @@ class Run:
       return self._scored[1]
     began = time.perf_counter()
     params = common.merge(state['params'], frozen)
-    with checkpoint.writing(self.folder):
-      found = self._evaluators(params, self.folder)
+    found = self._evaluators(params, self.folder)
     if found['scores']:
       named = {f'scores/{name}': x for name, x in found['scores'].items()}
       self._writer.write(step, named)

@@ -120,6 +120,21 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
     checkpoint.Checkpointer(tmp_path / 'file' / 'run')
 
 
+@pytest.mark.parametrize('error, refused', [
+    (OSError(28, 'No space left on device'), True),
+    (ValueError('UNAVAILABLE: Error writing "/x/d": No space left'), True),
+    (RuntimeError('RESOURCE_EXHAUSTED: the quota of the bucket'), True),
+    (RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.'),
+     False),
+    (ValueError('shapes differ'), False),
+])
+def test_what_counts_as_a_folder_that_cannot_be_written(error, refused):
+  wanted = errors.UserError if refused else type(error)
+  with pytest.raises(wanted) as caught, checkpoint.writing('runs/x'):
+    raise error
+  assert ('cannot write below runs/x' in str(caught.value)) == refused
+
+
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
   """A limit on the size of files stands for a full disk.
 
