@@ -192,13 +192,16 @@ def _environment(workdir) -> dict[str, str]:
 
   What the user has set stays. Object stores are left alone. jaxlib 0.10.1
   prints pages about two invented CPU features for every program that it takes
-  from the cache, hence the log level.
+  from the cache, hence the log level; 1 is what jax itself sets when it is
+  imported.
   """
+  kept = {name: value for name, value in os.environ.items()
+          if (name, value) != ('TF_CPP_MIN_LOG_LEVEL', '1')}
   cache = {
       'TF_CPP_MIN_LOG_LEVEL': '3',
       'JAX_COMPILATION_CACHE_DIR': str(epath.Path(workdir) / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
-  return ({} if '://' in str(workdir) else cache) | os.environ
+  return ({} if '://' in str(workdir) else cache) | kept
 
 
 def duration(seconds: float) -> str:

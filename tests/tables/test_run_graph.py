@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -234,6 +235,24 @@ def test_why_a_process_gave_no_result(toy, tmp_path, monkeypatch, script, why):
   assert commands[0][1:] == [
       '-m', 'mmgen.train', f'--config={toy}:a:two', '--scale=mini',
       '--seed=3', f'--workdir={tmp_path}/runs', '--data_dir=pictures']
+
+
+@pytest.mark.parametrize('level, passed_on', [
+    (None, '3'),  # what importing jax makes of it must not count as a wish
+    ('0', '0'),
+])
+def test_a_run_is_quiet_unless_the_user_wants_to_hear(
+    tmp_path, level, passed_on):
+  script = ('from mmgen.tables import run_graph\n'
+            f'found = run_graph._environment({str(tmp_path)!r})\n'
+            'print(found["TF_CPP_MIN_LOG_LEVEL"])')
+  environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+  environment.pop('TF_CPP_MIN_LOG_LEVEL', None)
+  if level:
+    environment['TF_CPP_MIN_LOG_LEVEL'] = level
+  done = subprocess.run([sys.executable, '-c', script], env=environment,
+                        capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == passed_on
 
 
 def test_who_is_stopped_lets_the_child_save(toy, tmp_path, monkeypatch):
