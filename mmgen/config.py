@@ -45,10 +45,13 @@ import ml_collections
 
 from mmgen import addresses
 from mmgen import errors
+from mmgen import fields as fields_lib
 from mmgen.data import corpora
+from mmgen.data import mixture
 from mmgen.evaluators import common as evaluation
 from mmgen.models import clip
 from mmgen.models import multimodal
+from mmgen.training import optimizer as optimizer_lib
 from mmgen.weights import files as files_lib
 
 # Raised whenever a change to the code changes what an unchanged config learns;
@@ -172,7 +175,8 @@ def _kind(old) -> str:
   """Says in one line what a field holds."""
   if isinstance(old, ml_collections.ConfigDict):
     return f'a group of fields: {", ".join(sorted(old)) or "none so far"}'
-  return f'a {type(old).__name__} such as {old!r}'
+  name = type(old).__name__
+  return f'{"an" if name == "int" else "a"} {name} such as {old!r}'
 
 
 def _same_type(old, new) -> bool:
@@ -214,11 +218,16 @@ def finalise(config, address: addresses.Address, scale: str):
     raise errors.UserError(f'{address}: config.mix names no source.')
   for group, fields in _REQUIRED.items():
     _check_entries(address, group, config[group], fields)
-  for name, source in config.mix.items():
-    if not isinstance(source.quota, int) or source.quota < 1:
-      raise errors.UserError(
-          f'{address}: config.mix.{name}.quota is {source.quota}; a source '
-          f'gives at least one group a step (or leave it out).')
+  try:
+    mixture.read(config.mix)
+    fields_lib.read(optimizer_lib.Options, 'optimizer', config.optimizer)
+  except errors.UserError as error:
+    raise errors.UserError(f'{address}: config.{error}') from error
+  size = tuple(config.image.size)
+  if len(size) != 2 or not all(type(x) is int and x > 0 for x in size):
+    raise errors.UserError(
+        f'{address}: config.image.size is {size}; expected rows and columns of '
+        'pixels, such as (32, 32).')
   for part, origin in config.init.items():
     named = isinstance(origin, str)
     if not named or not origin.startswith(('run:', 'file:')):

@@ -29,7 +29,9 @@ def base(scale):
                  vision=dict(name='linear_patches', patch=8, width=64),
                  connector=dict(name='linear'),
                  decoder=dict(layers=1, width=64, heads=1, hidden=64))
-  c.optimizer = dict(peak_lr=1e-3, groups={})
+  c.optimizer = dict(
+      name='adamw', peak_lr=1e-3, schedule='cosine', warmup=0, b1=0.9, b2=0.95,
+      eps=1e-8, weight_decay=0.0, clip=1.0, groups={}, accumulate=1)
   c.evaluators = {}
   c.init = dict(decoder='run:%(path)s:alone:first')
   return c
@@ -85,15 +87,32 @@ def test_config_is_locked(path):
 @pytest.mark.parametrize('override, message', [
     ('stepz=3', "Did you mean 'steps'"),
     ('optimizer.peek_lr=3', "Did you mean 'peak_lr'"),
-    ('steps=many', 'expected a int'),
-    ('steps=1.5', 'expected a int'),
-    ('seed=true', 'expected a int'),
+    ('steps=many', 'expected an int'),
+    ('steps=1.5', 'expected an int'),
+    ('seed=true', 'expected an int'),
     ('steps.more=1', 'is a value'),
     ('steps=0', 'config.steps is 0'),
-    ('mix.a.quota=0', 'at least one group'),
+    ('mix.a.quota=0', 'config.mix.a.quota is 0; allowed: 1 or more'),
     ('image.size=[30, 32]', 'multiples of vision.patch, 8'),
+    ('image.size=[32]', 'expected rows and columns'),
+    ('image.size=[0, 32]', 'expected rows and columns'),
+    ('model.decoder.widht=3', "decoder has no field 'widht'. Did you mean 'wi"),
+    ('model.decoder.norm_eps=abc', "norm_eps is 'abc'; expected float"),
+    ('model.decoder.norm_eps=NaN', 'norm_eps is nan; expected float'),
+    ('model.decoder.vocab=many', "vocab is 'many'; expected int"),
+    ('model.decoder.layers=0', 'model.decoder.layers is 0; allowed: 1 or mo'),
+    ('model.decoder.heads=0', 'model.decoder.heads is 0; allowed: 1 or more'),
+    ('model.decoder.hidden=-4', 'decoder.hidden is -4; allowed: 1 or more'),
+    ('model.vision.patch=0', 'model.vision.patch is 0; allowed: 1 or more'),
+    ('model.vision.bos=3', 'model.vision.bos is 3; expected str'),
+    ('optimizer.accumulate=0', 'optimizer.accumulate is 0; allowed: 1 or more'),
+    ('optimizer.peak_lr=-1', 'optimizer.peak_lr is -1.0; allowed: 0 or more'),
+    ('optimizer.b2=2', 'b2 is 2.0; allowed: 0 or more and below 1'),
+    ('optimizer.clip=-1', 'optimizer.clip is -1.0; allowed: above 0'),
+    ('mix.a.view=captions', "config.mix.a.view is 'captions'; allowed: cap"),
+    ('mix.a.shuffle_pairs=often', 'expected bool'),
     ('model.name=clop', 'allowed: multimodal, clip'),
-    ('model.vision.patch=eight', 'expected a int'),
+    ('model.vision.patch=eight', 'expected an int'),
     ('init.decoder=warm_starts:text', "allowed: 'run:"),
     ('init.x={"y": 1}', "allowed: 'run:"),
     ('model.vision=foo', 'expected a group of fields: name, patch, width'),
@@ -112,6 +131,13 @@ def test_wrong_override(path, override, message):
   with pytest.raises(errors.UserError, match=message) as caught:
     config_lib.load(f'{path}:plain', overrides=[override])
   assert '\n' not in str(caught.value)
+
+
+def test_bounds_hold_for_every_way_of_seeing(path):
+  with pytest.raises(errors.UserError, match='model.vision.pool is 0; allowed'):
+    config_lib.load(f'{path}:eve', overrides=['model.vision.pool=0'])
+  with pytest.raises(errors.UserError, match='model.vision.name: None'):
+    config_lib.load(f'{path}:plain', overrides={'model.vision': dict(patch=8)})
 
 
 def test_the_command_line_may_add_entries(path):
@@ -142,7 +168,7 @@ def test_wrong_address(address, message):
 def test_a_row_with_a_typo_is_refused(path):
   with pytest.raises(errors.UserError, match="Did you mean 'peak_lr'"):
     config_lib.load(f'{path}:typo')
-  with pytest.raises(errors.UserError, match="unknown fields .'pach'."):
+  with pytest.raises(errors.UserError, match="'pach'. Did you mean 'patch'"):
     config_lib.load(f'{path}:model_typo')
   with pytest.raises(errors.UserError, match='config.mix.b.corpus is missing'):
     config_lib.load(f'{path}:no_corpus')

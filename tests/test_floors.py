@@ -5,8 +5,8 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1] / 'mmgen'
 # From low to high; what is not named is a command, or config, above them all.
-FLOORS = (('errors', 'partition'), ('data',), ('models',), ('weights',),
-          ('objectives',), ('training', 'evaluators'),
+FLOORS = (('errors', 'fields', 'partition'), ('data',), ('models',),
+          ('weights',), ('objectives',), ('training', 'evaluators'),
           ('addresses', 'config', 'run_folder'))
 
 

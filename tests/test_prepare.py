@@ -96,6 +96,7 @@ def test_other_settings_never_overwrite(tmp_path):
     (['--corpus=shapes'], 'no address such as'),
     ([*SMALL, '--vocab=9'], 'vocab=9 is too small, at least 272'),
     ([*SMALL, '--vocab=50000'], 'vocab_size=50000: these texts allow at most'),
+    ([*SMALL, '--seed=-1'], 'seed=-1 is too small, at least 0'),
     ([*SMALL, '--train_examples=0'], 'train=0 is too small')])
 def test_mistakes_say_what_is_allowed(tmp_path, arguments, message):
   with pytest.raises(errors.UserError, match=message) as caught:

@@ -9,6 +9,7 @@ batches of all processes side by side are the same for every process count.
 import dataclasses
 
 from mmgen import errors
+from mmgen import fields
 from mmgen.data import prompts
 
 
@@ -55,16 +56,10 @@ def read(mix, process_count=1):
   if not mix:
     raise errors.UserError('mix is empty; name at least one source')
   sources = {}
-  fields = [field.name for field in dataclasses.fields(Source)]
   for name, entry in mix.items():
-    unknown = sorted(set(entry) - set(fields))
-    if unknown:
-      raise errors.UserError(
-          f'mix.{name} has no field {unknown[0]!r}; it has '
-          f'{", ".join(fields)}')
-    source = Source(**entry)
+    source = fields.read(Source, f'mix.{name}', entry)
     prompts.check(f'mix.{name}', source)
-    if source.quota < 1 or source.quota % process_count:
+    if source.quota % process_count:
       raise errors.UserError(
           f'mix.{name}.quota is {source.quota} groups a step; it must be a '
           f'positive multiple of the {process_count} processes, since a '

@@ -10,17 +10,15 @@ A score stands beside three siblings over the same examples:
 """
 
 import collections
-import dataclasses
 import functools
 import hashlib
 import json
-import types
-import typing
 import zlib
 
 import numpy as np
 
 from mmgen import errors
+from mmgen import fields
 from mmgen.data import corpora
 from mmgen.data import prompts
 
@@ -127,44 +125,8 @@ def make_config(kind, name, entry):
     UserError: an unknown field, one that is missing, or a value of another
       type than the field's or below 1.
   """
-  fields = {f.name: f for f in dataclasses.fields(kind)}
   values = {key: entry[key] for key in entry if key != 'name'}
-  for key in values:
-    if key not in fields:
-      raise errors.UserError(
-          f'evaluators.{name}.{key}: no such field; {entry["name"]!r} has '
-          f'{", ".join(fields)}'
-      )
-  for key, field in fields.items():
-    if key not in values and field.default is dataclasses.MISSING:
-      raise errors.UserError(f'evaluators.{name}.{key} is missing')
-  for key, value in values.items():
-    if not _is_of(value, fields[key].type):
-      raise errors.UserError(
-          f'evaluators.{name}.{key} is {value!r}; expected '
-          f'{_type_name(fields[key].type)}'
-      )
-    if isinstance(value, int) and value < 1:  # examples, batch_size
-      raise errors.UserError(
-          f'evaluators.{name}.{key} is {value}; allowed: 1 or more'
-      )
-  return kind(**values)
-
-
-def _is_of(value, kind):
-  """Whether a value is of a dataclass field's type; a list is a tuple."""
-  if isinstance(kind, types.UnionType):
-    return any(_is_of(value, one) for one in typing.get_args(kind))
-  if typing.get_origin(kind) is tuple:  # of any length, tuple[str, ...]
-    return isinstance(value, (tuple, list)) and all(
-        _is_of(one, typing.get_args(kind)[0]) for one in value
-    )
-  return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _type_name(kind):
-  """A type as it is written in a dataclass, such as 'int | None'."""
-  return kind.__name__ if type(kind) is type else str(kind)
+  return fields.read(kind, f'evaluators.{name}', values)
 
 
 def caption_of(record, column):

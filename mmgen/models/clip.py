@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmgen import fields as fields_lib
 from mmgen.models import text_encoder
 from mmgen.models import vision_encoder
 
@@ -143,21 +144,19 @@ def build(config, vocab=None):
         f'model.size: {size!r}; allowed: {", ".join(SIZES)}.')
   base = SIZES[size]
   text = dict(fields.pop('text', {}), dtype=config.dtype)
+  text = _replace(base.text, 'model.text', **text)
   if vocab is not None:
-    text['vocab'] = max(vocab, text.get('vocab', 0))
+    asked = config.model.get('text', {}).get('vocab', 0)
+    text = dataclasses.replace(text, vocab=max(vocab, asked))
   vision = dict(fields.pop('vision', {}), dtype=config.dtype)
   return Clip(_replace(base, 'model', **fields,
                        vision=_replace(base.vision, 'model.vision', **vision),
-                       text=_replace(base.text, 'model.text', **text)))
+                       text=text))
 
 
 def _replace(config, where, **fields):
-  known = [f.name for f in dataclasses.fields(config)]
-  unknown = sorted(fields.keys() - set(known))
-  if unknown:
-    raise ValueError(f'{where}: unknown fields {unknown}; allowed: '
-                     f'{", ".join(known)}.')
-  return dataclasses.replace(config, **fields)
+  return fields_lib.read(type(config), where, {**vars(config), **fields},
+                         ValueError)
 
 
 def example_batch(config, image_size):

@@ -12,6 +12,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from mmgen import fields as fields_lib
 from mmgen import partition
 from mmgen.models import transformer
 
@@ -101,7 +102,8 @@ def sized(size, **overrides):
   if size not in SIZES:
     raise ValueError(f'model.decoder.size: {size!r}; allowed: '
                      f'{", ".join(SIZES)}.')
-  return DecoderConfig(**{**SIZES[size], **overrides})
+  return fields_lib.read(DecoderConfig, 'model.decoder',
+                         {**SIZES[size], **overrides}, ValueError)
 
 
 def flops_per_token(config, keys):

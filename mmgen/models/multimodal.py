@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmgen import fields as fields_lib
 from mmgen.models import attention
 from mmgen.models import causal_former
 from mmgen.models import connector as connector_lib
@@ -299,9 +300,11 @@ def build(config, vocab=None):
   shared = dict(dtype=config.dtype)
   fields = dict(config.model.decoder.items()) | shared
   if vocab is not None:
-    fields['vocab'] = max(vocab, fields.get('vocab', 0))
+    fields.setdefault('vocab', vocab)
   text = (decoder_lib.sized(fields.pop('size'), **fields) if 'size' in fields
           else _make(decoder_lib.DecoderConfig, fields, 'decoder'))
+  if vocab is not None:
+    text = dataclasses.replace(text, vocab=max(vocab, text.vocab))
   head = config.model.get('visual_head') or None
   if head is not None:
     head = _make(visual_head_lib.VisualHeadConfig,
@@ -313,15 +316,15 @@ def build(config, vocab=None):
     return MultimodalDecoder(MultimodalConfig(
         text, visual_head=head, lora=lora))
   fields = dict(config.model.vision.items()) | shared
-  name = fields.pop('name')
+  name = fields.pop('name', None)
   if name not in VISION:
     raise ValueError(f'model.vision.name: {name!r}; allowed: '
                      f'{", ".join(VISION)}.')
   vision = (vision_encoder.sized(fields.pop('size'), **fields)
             if name == 'vit' and 'size' in fields
             else _make(VISION[name].config, fields, 'vision'))
-  fields = dict(config.model.connector.items()) | shared
-  name = fields['name']
+  fields = dict(config.model.get('connector', {}).items()) | shared
+  name = fields.get('name')
   if name not in connector_lib.CONNECTORS:
     raise ValueError(f'model.connector.name: {name!r}; allowed: '
                      f'{", ".join(connector_lib.CONNECTORS)}.')
@@ -332,14 +335,7 @@ def build(config, vocab=None):
 
 
 def _make(kind, fields, where):
-  known = {f.name: f for f in dataclasses.fields(kind)}
-  unknown = sorted(fields.keys() - known.keys())
-  missing = sorted(name for name, f in known.items() if name not in fields
-                   and f.default is dataclasses.MISSING)
-  if unknown or missing:
-    raise ValueError(f'model.{where}: unknown fields {unknown}, missing fields '
-                     f'{missing}; allowed: {", ".join(known)}.')
-  return kind(**fields)
+  return fields_lib.read(kind, f'model.{where}', fields, ValueError)
 
 
 class Vision(NamedTuple):

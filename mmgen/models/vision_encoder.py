@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmgen import fields
 from mmgen import partition
 from mmgen.data import layout
 from mmgen.models import attention
@@ -346,12 +347,8 @@ def sized(size, **overrides):
   """
   if size not in SIZES:
     raise ValueError(f'vision.size: {size!r}; allowed: {", ".join(SIZES)}.')
-  known = [f.name for f in dataclasses.fields(VisionEncoderConfig)]
-  unknown = sorted(overrides.keys() - set(known))
-  if unknown:
-    raise ValueError(f'vision: unknown fields {unknown}; allowed: '
-                     f'{", ".join(known)}.')
-  return dataclasses.replace(SIZES[size], **overrides)
+  return fields.read(VisionEncoderConfig, 'vision',
+                     {**vars(SIZES[size]), **overrides}, ValueError)
 
 
 def flops(config, pooled=True, train=False):

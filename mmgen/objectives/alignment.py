@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmgen import fields
 from mmgen.models import alignment as aligner_lib
 from mmgen.models import clip
 from mmgen.models import vision_encoder
@@ -140,25 +141,30 @@ class Alignment:
     return slots_BIRQ, jnp.all(slots_BIRQ >= 0, axis=-1)
 
 
-def build(model, teacher, aligner=None, **options) -> Alignment:
+def build(model, teacher, aligner=None, coefficients=None,
+          shift=0) -> Alignment:
   """Makes the objective from a config's fields.
 
   Args:
     model: a `models.multimodal.MultimodalDecoder`.
     teacher: {'size': a published size, and fields that override it}.
     aligner: {'interval', 'heads'} of the aligning layer, if not EVE's.
-    **options: 'shift' and 'coefficients', as in `Alignment`.
+    coefficients: as in `Alignment`.
+    shift: likewise.
 
   Raises:
     ValueError: an unknown size or field, or values that do not fit.
   """
   text = model.config.decoder
   teacher = vision_encoder.sized(**dict(teacher.items()), dtype=text.dtype)
-  layer = aligner_lib.PatchAlignerConfig(
-      text.layers, text.width, teacher.width, dtype=text.dtype,
-      **dict((aligner or {}).items()))
+  layer = fields.read(
+      aligner_lib.PatchAlignerConfig, 'aligner',
+      dict(layers=text.layers, decoder_width=text.width, width=teacher.width,
+           dtype=text.dtype, **dict((aligner or {}).items())), ValueError)
+  options = {} if coefficients is None else dict(coefficients=coefficients)
   return Alignment(model, aligner_lib.PatchAligner(layer),
-                   vision_encoder.VisionEncoder(teacher), **options)
+                   vision_encoder.VisionEncoder(teacher), shift=shift,
+                   **options)
 
 
 def flops(objective):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmgen import errors
+from mmgen import fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,10 @@ class Group:
 
   pattern: str
   freeze: bool = False
-  lr_scale: float = 1.0
+  lr_scale: float = dataclasses.field(default=1.0, metadata=dict(least=0))
   layer_decay: float = 1.0
-  weight_decay: float | None = None
+  weight_decay: float | None = dataclasses.field(
+      default=None, metadata=dict(least=0))
   fused: str | None = None
 
 
@@ -61,45 +63,16 @@ class Factors(NamedTuple):
 # Reading
 
 
-def read_fields(kind, where: str, entry):
-  """Returns the dataclass `kind` of a config's fields.
-
-  Raises:
-    UserError: an unknown field, a missing one, or a value of a wrong type.
-  """
-  fields = {field.name: field for field in dataclasses.fields(kind)}
-  if not hasattr(entry, 'items'):
-    raise errors.UserError(
-        f'{where} is {entry!r}, a value; it has the fields '
-        f'{", ".join(fields)}.')
-  for name, value in entry.items():
-    if name not in fields:
-      raise errors.UserError(
-          f'{where} has no field {name!r}.{errors.nearest(name, fields)} It '
-          f'has: {", ".join(fields)}.')
-    wanted = fields[name].type
-    number = wanted not in (str, bool) and type(value) is int
-    if not isinstance(value, wanted) and not number:
-      raise errors.UserError(
-          f'{where}.{name} is {value!r}; expected '
-          f'{wanted.__name__ if type(wanted) is type else wanted}.')
-  for name, field in fields.items():
-    default = (field.default, field.default_factory)
-    if name not in entry and default == (dataclasses.MISSING,) * 2:
-      raise errors.UserError(f'{where}.{name} is missing.')
-  return kind(**dict(entry.items()))
-
-
 def read_groups(groups) -> dict[str, Group]:
   """Returns {group: Group} of `config.optimizer.groups`.
 
   Raises:
-    UserError: see `read_fields`; or a `layer_decay` out of range.
+    UserError: see `fields.read`; or a `layer_decay` out of range.
   """
   found = {}
   for name, entry in groups.items():
     where = f'config.optimizer.groups.{name}'
-    found[name] = group = read_fields(Group, where, entry)
+    found[name] = group = fields.read(Group, where, entry)
     if not 0 < group.layer_decay <= 1:
       raise errors.UserError(
           f'{where}.layer_decay is {group.layer_decay}; allowed: above 0 up to '

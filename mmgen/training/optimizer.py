@@ -14,9 +14,15 @@ import jax.numpy as jnp
 import optax
 
 from mmgen import errors
+from mmgen import fields
 from mmgen.training import groups as groups_lib
 from mmgen.training import lamb
 from mmgen.training import schedules
+
+
+def _of(default=dataclasses.MISSING, **bounds):
+  """A field with bounds, see `fields`."""
+  return dataclasses.field(default=default, metadata=bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +47,17 @@ class Options:
   """
 
   name: str
-  peak_lr: float
+  peak_lr: float = _of(least=0)
   schedule: str
-  warmup: int
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-  min_ratio: float = 0.0
+  warmup: int = _of(least=0)
+  b1: float = _of(least=0, below=1)
+  b2: float = _of(least=0, below=1)
+  eps: float = _of(least=0)
+  weight_decay: float = _of(least=0)
+  min_ratio: float = _of(0.0, least=0, most=1)
   warmup_from: str = 'one'
   no_decay: str | None = None
-  clip: float | None = None
+  clip: float | None = _of(None, above=0)
   groups: object = dataclasses.field(default_factory=dict)
   accumulate: int = 1
   denominators: str = 'batch'
@@ -135,7 +141,7 @@ def make_optimizer(config, steps: int, params):
   Raises:
     UserError: a wrong field or name, a bad schedule or a bad group.
   """
-  options = groups_lib.read_fields(Options, 'config.optimizer', config)
+  options = fields.read(Options, 'config.optimizer', config)
   if options.name not in OPTIMIZERS:
     raise errors.UserError(
         f'config.optimizer.name is {options.name!r}; allowed: '

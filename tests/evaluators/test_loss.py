@@ -86,7 +86,7 @@ def test_build_names_what_is_wrong(context):
     build(name='los', corpus='shapes')
   with pytest.raises(errors.UserError, match='held_out.corpus is missing'):
     build(name='loss')
-  with pytest.raises(errors.UserError, match='held_out.colum: no such field'):
+  with pytest.raises(errors.UserError, match="no field 'colum'. Did you mean"):
     build(name='loss', corpus='shapes', colum='raw')
   for wrong, message in (
       (dict(batch_size=0), 'held_out.batch_size is 0; allowed: 1 or more'),

@@ -279,7 +279,7 @@ def test_build_reads_an_experiment():
 
 @pytest.mark.parametrize('model, message', [
     (dict(vision=dict(name='evo')), "vision.name: 'evo'; allowed: linear_pat"),
-    (dict(decoder=dict(layer=2, vocab=9)), r"unknown fields \['layer'\], miss"),
+    (dict(decoder=dict(layer=2, vocab=9)), "'layer'. Did you mean 'layers'"),
     (dict(connector=dict(name='conv')), "connector.name: 'conv'; allowed: id"),
     (dict(connector=dict(name='identity')), 'vision.width is 8 and .* is 16'),
     (dict(decoder=dict(layers=2, width=16, heads=3, hidden=24, vocab=9)),

@@ -330,6 +330,8 @@ def test_build_takes_widths_from_model_and_teacher():
   assert built.coefficients['alignment'] == 2
   for teacher, said in (
       (dict(size='tiny'), "vision.size: 'tiny'; allowed: mini"),
-      (dict(size='mini', widht=3), r"fields \['widht'\]")):
+      (dict(size='mini', widht=3), "'widht'. Did you mean 'width'")):
     with pytest.raises(ValueError, match=said):
       alignment.build(MODEL, teacher)
+  with pytest.raises(ValueError, match='aligner.heads is 0; allowed: 1 or mor'):
+    alignment.build(MODEL, dict(size='mini'), dict(heads=0))

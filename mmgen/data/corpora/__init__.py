@@ -265,7 +265,8 @@ def prepare(data_dir, corpus, *, train=None, evaluation=None, vocab=None,
       'evaluation': entry['evaluation'] if evaluation is None else evaluation,
       'vocab': entry['vocab'] if vocab is None else vocab,
       'seed': seed, 'generator_version': scenes.VERSION}
-  for key, low in (('train', 1), ('evaluation', 1), ('vocab', text.MIN_VOCAB)):
+  for key, low in (('train', 1), ('evaluation', 1), ('seed', 0),
+                   ('vocab', text.MIN_VOCAB)):
     if settings[key] < low:
       raise errors.UserError(
           f'{key}={settings[key]} is too small, at least {low} is needed')
