@@ -222,9 +222,13 @@ def open_pipeline(
     process_count: Number of processes that share each batch.
 
   Raises:
-    UserError: a corpus is not prepared, or a field is wrong.
+    UserError: a corpus is not prepared or has no names in the language asked
+      for, or a field is wrong.
   """
   names = [entry.corpus for entry in config.mix.values()]
+  for name, entry in config.mix.items():
+    corpora.check_language(
+        f'mix.{name}', data_dir, entry.corpus, entry.get('language', 'en'))
   return Pipeline(config, data_dir, image_layout,
                   shared_tokenizer(data_dir, names), process_index,
                   process_count)

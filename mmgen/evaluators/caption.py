@@ -64,9 +64,7 @@ class Evaluator:
   def __init__(self, config, context):
     common.check_column(config.column)
     self.config, self.context = config, context
-    self.records = common.scenes(
-        context.data_dir, config.corpus, config.split, config.examples
-    )
+    self.records = common.examples(config, context)
     self.counts = common.training_counts(context.data_dir, config.corpus)
     self.captions = self.counts['captions'][config.column]
     self.max_tokens = answering.longest(self.captions, context.tokenizer)

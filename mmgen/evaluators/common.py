@@ -168,6 +168,26 @@ def scenes(data_dir, corpus, split, limit=None):
     ) from error
 
 
+def examples(config, context, shuffled=True):
+  """The scenes that an evaluator reads.
+
+  Args:
+    config: its settings.
+    context: of `evaluators.Context`.
+    shuffled: whether it will show them with each other's pictures.
+
+  Raises:
+    UserError: see `scenes`; or too few to shuffle, which is found before any
+      training.
+  """
+  records = scenes(
+      context.data_dir, config.corpus, config.split, config.examples
+  )
+  if shuffled:
+    derangement(len(records))
+  return records
+
+
 def questions(records, limit=None):
   """(record, question) pairs, spread over as many scenes as possible.
 

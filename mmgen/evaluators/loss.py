@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmgen import errors
+from mmgen.data import corpora
 from mmgen.data import layout
 from mmgen.data import mixture
 from mmgen.data import prompts
@@ -69,8 +70,10 @@ class Evaluator:
           "image_place of the evaluator 'loss' is 'random'; allowed: 'before', "
           "'after'"
       )
-    self.records = common.scenes(
-        context.data_dir, config.corpus, config.split, config.examples
+    corpora.check_language('of an evaluator', context.data_dir, config.corpus,
+                           config.language)
+    self.records = common.examples(
+        config, context, config.view not in prompts.WITHOUT_PICTURES
     )
     template = (
         f'caption_{config.image_place}' if config.view == 'caption'

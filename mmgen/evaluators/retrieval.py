@@ -76,9 +76,7 @@ class Evaluator:
   def __init__(self, config, context):
     common.check_column(config.column)
     self.config, self.context = config, context
-    self.records = common.scenes(
-        context.data_dir, config.corpus, config.split, config.examples
-    )
+    self.records = common.examples(config, context)
     self.captions = [
         common.caption_of(r, config.column) for r in self.records
     ]

@@ -37,10 +37,7 @@ class Evaluator:
   def __init__(self, config, context):
     self.config, self.context = config, context
     self.pairs = common.questions(
-        common.scenes(
-            context.data_dir, config.corpus, config.split, config.examples
-        ),
-        config.examples,
+        common.examples(config, context), config.examples
     )
     self.counts = common.training_counts(context.data_dir, config.corpus)
     self.max_tokens = answering.longest(

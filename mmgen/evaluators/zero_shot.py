@@ -47,9 +47,7 @@ class Evaluator:
 
   def __init__(self, config, context):
     self.config, self.context = config, context
-    self.records = common.scenes(
-        context.data_dir, config.corpus, config.split, config.examples
-    )
+    self.records = common.examples(config, context)
     about = corpora.manifest(context.data_dir, config.corpus)
     self.classes = sorted({*about['concepts'], *(
         thing['concept'] for r in self.records for thing in r['objects']

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from array_record.python import array_record_module
+import ml_collections
 import numpy as np
 from PIL import Image
 import pytest
@@ -15,6 +16,7 @@ from tensorflow_datasets.proto import tf_example_generated_pb2
 from mmgen import errors
 from mmgen.data import corpora
 from mmgen.data import pictures
+from mmgen.data import pipeline
 from mmgen.data import scenes
 from mmgen.data import text as text_lib
 from mmgen.data.corpora import emoji
@@ -205,6 +207,17 @@ def test_verify_finds_other_bytes_of_the_same_number(data, tmp_path, pattern):
 def test_reading_errors_say_what_to_do(data, corpus, split, message):
   with pytest.raises(errors.UserError, match=message.replace('[', r'\[')):
     corpora.open_split(data, corpus, split)
+
+
+def test_a_language_without_names_is_named(data):
+  corpora.check_language('mix.a', data, 'emoji/tiny', 'fr')
+  corpora.check_language('mix.a', '/nowhere', 'emoji/tiny', 'en')
+  with pytest.raises(errors.UserError, match='mix.a.language is .xx.; .* fr, '):
+    corpora.check_language('mix.a', data, 'emoji/tiny', 'xx')
+  config = ml_collections.ConfigDict({'mix': {'a': dict(
+      corpus='emoji/tiny', column='names', language='xx')}})
+  with pytest.raises(errors.UserError, match='mix.a.language'):
+    pipeline.open_pipeline(config, data, None)
 
 
 def test_broken_manifest_says_what_to_do(tmp_path):

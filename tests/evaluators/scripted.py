@@ -50,7 +50,8 @@ def install(monkeypatch, kind='multimodal', **splits):
            for o in r['objects']}
   monkeypatch.setattr(
       common.corpora, 'manifest',
-      lambda *_: dict(concepts=sorted(names)))
+      lambda *_: dict(concepts=sorted(names),
+                      names={name: {'en': name} for name in names}))
   common.training_scenes.cache_clear()
   common.training_counts.cache_clear()
   return types.SimpleNamespace(

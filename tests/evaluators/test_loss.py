@@ -93,12 +93,18 @@ def test_build_names_what_is_wrong(context):
       (dict(batch_size='abc'), "batch_size is 'abc'; expected int"),
       (dict(batch_size=None), 'batch_size is None; expected int'),
       (dict(examples=0), 'held_out.examples is 0; allowed: 1 or more'),
+      (dict(examples=1), 'need at least 2 scenes, found 1'),
+      (dict(language='fr', column='names'), "language is 'fr'; shapes has"),
       (dict(examples=True), r'examples is True; expected int \| None'),
       (dict(split=3), 'held_out.split is 3; expected str'),
       (dict(image_place='random'), "'random'; allowed: 'before', 'after'")):
     with pytest.raises(errors.UserError, match=message):
       build(name='loss', corpus='shapes', **wrong)
   assert build(name='loss', corpus='shapes', examples=None)
+  assert build(name='loss', corpus='shapes', examples=1, view='text')
+  for name in ('vqa', 'caption'):
+    with pytest.raises(errors.UserError, match='need at least 2 scenes'):
+      build(name=name, corpus='shapes', examples=1)
   with pytest.raises(errors.UserError, match="models of the kind 'clip'"):
     build(name='retrieval', corpus='shapes')
   context.image_layout = None

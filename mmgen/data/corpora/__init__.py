@@ -86,6 +86,25 @@ def manifest(data_dir, corpus):
     ) from error
 
 
+def check_language(where, data_dir, corpus, language):
+  """Raises a UserError if a corpus has no names in a language.
+
+  Args:
+    where: the entry that asks for it, for the error.
+    data_dir: folder of all corpora.
+    corpus: address, such as `emoji/tiny`.
+    language: a code such as 'fr'.
+  """
+  if language == 'en':
+    return
+  known = sorted(set.intersection(
+      *map(set, manifest(data_dir, corpus)['names'].values())))
+  if language not in known:
+    raise errors.UserError(
+        f'{where}.language is {language!r}; {corpus} has names in '
+        f'{", ".join(known)}.')
+
+
 def load_tokenizer(data_dir, corpus):
   """The `text.Tokenizer` that was trained when the corpus was prepared."""
   manifest(data_dir, corpus)
