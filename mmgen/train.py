@@ -21,6 +21,7 @@ evaluators have changed is scored again, not trained again.
 import argparse
 import contextlib
 import functools
+import inspect
 import logging
 import signal
 import sys
@@ -158,6 +159,12 @@ def build_objective(config, model):
       raise errors.UserError(
           f'config.objective.name is {name!r} and config.{field} is {found!r}; '
           f'this objective goes with {wanted!r}.')
+  known = list(inspect.signature(build).parameters)[1:]  # behind the model
+  for field in fields:
+    if field not in known:
+      raise errors.UserError(
+          f'config.objective has no field {field!r}.'
+          f'{errors.nearest(field, known)} {name!r} has: {", ".join(known)}.')
   try:
     return build(model, **fields)
   except (TypeError, ValueError) as error:
