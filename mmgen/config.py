@@ -41,6 +41,7 @@ import json
 import os
 
 from etils import epath
+import jax
 import ml_collections
 
 from mmgen import addresses
@@ -499,7 +500,20 @@ def image_layout(config):
     raise errors.UserError(f'{config.name}: config.{error}') from error
 
 
+def parameter_shapes(config, model):
+  """Returns the tree of a model's parameters, as ShapeDtypeStructs.
+
+  Args:
+    config: with `model.name` and `image.size`.
+    model: of `build_model`.
+  """
+  example = EXAMPLES[config.model.name](model.config, tuple(config.image.size))
+  return jax.eval_shape(model.init, jax.random.key(0), example)['params']
+
+
 BUILDERS = {'multimodal': multimodal.build, 'clip': clip.build}
+# The smallest batch that creates all parameters.
+EXAMPLES = {'multimodal': multimodal.example_batch, 'clip': clip.example_batch}
 
 
 # ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from mmgen import config as config_lib
 from mmgen import errors
 from mmgen.data import text
 from mmgen.training import checkpoint
+from mmgen.training import sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +56,17 @@ def read_config(folder):
     ) from error
 
 
+def _compare(folder, wanted, params):
+  """Raises a UserError unless a model can read the parameters of its folder.
+
+  Parts that the model does not have belonged to the objective.
+  """
+  here = {part: params[part] for part in params if part in wanted}
+  checkpoint.compare(
+      sharding.named_leaves(wanted), sharding.named_leaves(here),
+      f'the checkpoint in {folder}')
+
+
 def open_run(folder) -> Run:
   """Opens a run: config, model, newest parameters, tokenizer.
 
@@ -62,7 +74,8 @@ def open_run(folder) -> Run:
     folder: a path, local or on an object store.
 
   Raises:
-    UserError: no run folder, no complete checkpoint in it, or no tokenizer.
+    UserError: no run folder, no complete checkpoint in it, one of another
+      model than its config's, or no tokenizer.
   """
   config = read_config(folder)
   stored = checkpoint.tokenizer_bytes(folder)
@@ -72,12 +85,15 @@ def open_run(folder) -> Run:
         'convert them again with --tokenizer=PATH'
     )
   tokenizer = text.Tokenizer.from_bytes(stored)
+  model = config_lib.build_model(config, tokenizer.vocab_size)
+  params = checkpoint.load_params(folder)
+  _compare(folder, config_lib.parameter_shapes(config, model), params)
   return Run(
       folder=epath.Path(folder),
       config=config,
       step=checkpoint.load_extras(folder)['step'],
-      model=config_lib.build_model(config, tokenizer.vocab_size),
-      params=checkpoint.load_params(folder),
+      model=model,
+      params=params,
       tokenizer=tokenizer,
       image_layout=config_lib.image_layout(config),
   )

@@ -1,6 +1,7 @@
 """The command that evaluates a run again from its folder."""
 
 import json
+import shutil
 
 import pytest
 import tiny_run
@@ -62,4 +63,11 @@ def test_what_is_wrong_is_named_in_one_line(places, tmp_path):
   fails('it has no checkpoints', f'--run={tmp_path}')
   (tmp_path / 'config.json').write_text('{"name": ')
   fails('config.json is broken', f'--run={tmp_path}')
+  other = shutil.copytree(run, tmp_path / 'other')
+  text = (other / 'config.json').read_text()
+  assert '"model.decoder.hidden": 32' in text
+  (other / 'config.json').write_text(
+      text.replace('"model.decoder.hidden": 32', '"model.decoder.hidden": 48'))
+  fails('checkpoint in .*other is of another model: decoder/.* 32. float32 '
+        'there, .* 48', f'--run={other}')
   fails('mmgen.prepare', f'--run={run}', f'--data_dir={tmp_path}')
