@@ -90,17 +90,17 @@ def train(config, folder, data_dir, parents=None) -> dict:
           image_layout=pipeline.image_layout, data_dir=data_dir))
 
   # ------------------------------------- optimizer, parameters, last checkpoint
-  checkpointer = checkpoint.Checkpointer(folder)
-  run_lib.write_json(folder / 'config.json', config_lib.flatten(config))
   birth, optimizer = plan_birth(config, model, objective, example)
   state, frozen = sharding.init_sharded(
       mesh, birth, common.purpose_key(jax.random.key(config.seed), 'init'))
-  state, frozen, extras = _start(
-      config, checkpointer, folder, mesh, pipeline.tokenizer, state, frozen,
-      parents or {})
-  frozen = optimizer_lib.cast(frozen, config.dtype)
   step = step_lib.make_train_step(
       objective, optimizer, config, jax.tree.map(lambda x: x.sharding, state))
+  # All is checked before the first write: what cannot start leaves no folder,
+  # and a folder keeps its config until its checkpoint is known to fit.
+  checkpointer, state, frozen, extras = _start(
+      config, folder, mesh, pipeline.tokenizer, state, frozen, parents or {})
+  run_lib.write_json(folder / 'config.json', config_lib.flatten(config))
+  frozen = optimizer_lib.cast(frozen, config.dtype)
 
   # --------------------------------------------------------------------- loop
   run = run_lib.Run(
@@ -206,20 +206,20 @@ def plan_birth(config, model, objective, example):
   return birth, optimizer
 
 
-def _start(config, checkpointer, folder, mesh, tokenizer, state, frozen,
-           parents):
+def _start(config, folder, mesh, tokenizer, state, frozen, parents):
   """Goes on from the last checkpoint, or takes over parts of others.
 
   Returns:
-    (train state, frozen parameters as exact as they are stored, what was saved
-    beside the train state: {} for a fresh start).
+    (checkpointer, train state, frozen parameters as exact as they are stored,
+    what was saved beside the train state: {} for a fresh start).
   """
-  if checkpointer.latest() is not None:
+  if checkpoint.latest_step(folder) is not None:
+    checkpointer = checkpoint.Checkpointer(folder)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=x.sharding), state)
     state, extras = checkpointer.restore(abstract)
     _log.info('%s: restored after step %d', folder.name, extras['step'])
-    return state, checkpoint.load_frozen(folder, mesh), extras
+    return checkpointer, state, checkpoint.load_frozen(folder, mesh), extras
   names = {**sharding.named_leaves(state['params']),
            **sharding.named_leaves(frozen)}
   inherit.check_vocabulary(names, parents, tokenizer)
@@ -229,11 +229,12 @@ def _start(config, checkpointer, folder, mesh, tokenizer, state, frozen,
   take = lambda name, _: names[name]
   state = {**state, 'params': sharding.map_named(take, state['params'])}
   frozen = sharding.map_named(take, frozen)
+  checkpointer = checkpoint.Checkpointer(folder)
   if report:
     run_lib.write_json(folder / 'init_report.json', report)
   if frozen:
     checkpoint.save_frozen(folder, frozen)
-  return state, frozen, {}
+  return checkpointer, state, frozen, {}
 
 
 def _part_configs(config, vocab):

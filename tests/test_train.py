@@ -364,12 +364,16 @@ def test_wrong_configs_are_user_errors(tmp_path, fields, message):
   with pytest.raises(errors.UserError, match=message) as caught:
     train_lib.train(_config(**fields), tmp_path / 'run', '')
   assert '\n' not in str(caught.value)
+  assert not (tmp_path / 'run').exists()
 
 
 def test_folder_of_another_model_is_a_user_error(whole, tmp_path):
   folder = _cut_off(whole[0], tmp_path, 24)
   with pytest.raises(errors.UserError, match='of another model.*up/kernel'):
     train_lib.train(_config(**{'model.decoder.hidden': 48}), folder, '')
+  for name in ('config.json', 'metrics.jsonl'):
+    assert (folder / name).read_text().startswith(
+        (whole[0] / name).read_text()), name
 
 
 # ---------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import numpy as np
 from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
+from mmgen.training import checkpoint
 from mmgen.training import run as run_lib
 
 DONE = 'done'
@@ -69,11 +70,11 @@ class Run:
   def state(self) -> str:
     if self.result:
       return DONE
-    for name, state in (('result.json', TRAINED), ('not_finite.json', DIVERGED),
-                        ('checkpoints', CUT_OFF)):
+    for name, state in (
+        ('result.json', TRAINED), ('not_finite.json', DIVERGED)):
       if (self.folder / name).exists():
         return state
-    return MISSING
+    return MISSING if checkpoint.latest_step(self.folder) is None else CUT_OFF
 
   @property
   def result(self) -> dict | None:

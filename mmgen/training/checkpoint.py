@@ -179,6 +179,13 @@ def _abstract(stored, mesh):
 # One run's checkpoints
 
 
+def latest_step(folder) -> int | None:
+  """Returns the newest complete step in a run's folder, or None."""
+  path = epath.Path(folder) / 'checkpoints'
+  return max(ocp.utils.checkpoint_steps(path), default=None) if (
+      path.exists()) else None
+
+
 class Checkpointer:
   """Saves and restores the train states of one run."""
 

@@ -168,6 +168,8 @@ def test_what_was_cut_off_is_resumed_with_an_estimate(toy, tmp_path):
   for run in others:
     finish(run, seconds=120.0)
   (last.folder / 'checkpoints').mkdir(parents=True)
+  assert last.state == run_graph.MISSING  # nothing to go on from
+  (last.folder / 'checkpoints' / '7').mkdir()
   assert last.state == run_graph.CUT_OFF
   said = []
   run_graph.execute(runs, finish, said.append)
