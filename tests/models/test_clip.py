@@ -287,8 +287,8 @@ def test_build_overrides_a_size():
 
 @pytest.mark.parametrize('model, said', [
     (dict(size='huge'), "model.size: 'huge'; allowed: mini, clip-b32"),
-    (dict(size='mini', embd=3), "no field 'embd'. Did you mean 'embed'"),
-    (dict(size='mini', vision=dict(heds=3)), "model.vision has no field 'heds'"),
+    (dict(size='mini', embd=3), "'embd'. Did you mean 'embed'"),
+    (dict(size='mini', vision=dict(heds=3)), "vision has no field 'heds'. Did"),
     (dict(size='siglip-b16', embed=3), 'clip.embed is 3; without vision_proj'),
 ])
 def test_build_refuses(model, said):
