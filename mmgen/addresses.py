@@ -5,12 +5,14 @@ An experiment is a Python file below `experiments/`, or any by its path; see
 which is a run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import os
 import pathlib
 import re
+import traceback
 import types
 
 from mmgen import errors
@@ -50,14 +52,16 @@ def experiment(name: str) -> types.ModuleType:
     name: `quickstart`, `eve/encoder`, or the path of a .py file of your own.
 
   Raises:
-    UserError: there is no such experiment, or the file lacks `base` or `ROWS`.
+    UserError: there is no such experiment, it cannot be executed, or it lacks
+      `base` or `ROWS`.
   """
   if name.endswith('.py') and os.path.exists(name):
     # Not through importlib, whose stored bytecode misses an edit that keeps
     # the size of a file within one second.
     module = types.ModuleType(pathlib.Path(name).stem)
     module.__file__ = name
-    exec(compile(pathlib.Path(name).read_text(), name, 'exec'), vars(module))
+    with blamed(name):
+      exec(compile(pathlib.Path(name).read_text(), name, 'exec'), vars(module))
   else:
     short = name.removesuffix('.py').removeprefix('experiments/')
     if short not in experiment_names():
@@ -65,12 +69,39 @@ def experiment(name: str) -> types.ModuleType:
       raise errors.UserError(
           f'no experiment {name!r}.{errors.nearest(short, names)} There are: '
           f'{", ".join(names)}; or give the path of a .py file.')
-    module = importlib.import_module(
-        'experiments.' + short.replace('/', '.'))
+    path = pathlib.Path(_experiments_package().__path__[0]) / f'{short}.py'
+    with blamed(str(path)):
+      module = importlib.import_module(
+          'experiments.' + short.replace('/', '.'))
   for needed in ('base', 'ROWS'):
     if not hasattr(module, needed):
       raise errors.UserError(f'experiment {name!r} does not define {needed}.')
   return module
+
+
+@contextlib.contextmanager
+def blamed(path: str):
+  """Turns what goes wrong in an experiment's file into a UserError.
+
+  Args:
+    path: of the file. An error is told with the last of its lines that had a
+      part in it; one without any is no business of the file.
+  """
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+      lines.append(error.lineno)
+    if not lines:
+      raise
+    what = error.msg if isinstance(error, SyntaxError) else error
+    raise errors.UserError(
+        f'your file {path}, line {lines[-1]}: {type(error).__name__}: '
+        f'{" ".join(str(what).split())}') from error
 
 
 def rows(name: str) -> list[str]:

@@ -108,7 +108,8 @@ def load(address: str, scale: str = 'mini', overrides=(), seed=None):
   a = addresses.parse(address)
   module = addresses.experiment(a.experiment)
   row = addresses.row_of(a.experiment, a.row)
-  config = module.base(scale).unlock()
+  with addresses.blamed(module.__file__):
+    config = module.base(scale).unlock()
   chain = addresses.stage_names(a.experiment, a.row)
   stage_fields = getattr(module, 'STAGES', {}).get(a.stage, {})
   conditional = {*SCALES, *chain, 'stages'}

@@ -165,6 +165,25 @@ def test_wrong_address(address, message):
     config_lib.load(address)
 
 
+@pytest.mark.parametrize('old, new, message', [
+    ('c.seed = 0', 'c.seed = ', 'line 6: SyntaxError: invalid syntax'),
+    ("ROWS = {", "ROWS = {**missing,", "line 27: NameError: name 'missing' is"),
+    ('c.seed = 0', 'c.seed = 1 / 0', 'line 6: ZeroDivisionError: division by'),
+    ('c.seed = 0', 'c.update(5, 6)', 'line 6: TypeError'),
+])
+def test_a_broken_file_is_named_with_its_line(path, old, new, message):
+  with open(path) as file:
+    text = file.read()
+  assert text.count(old) == 1
+  with open(path, 'w') as file:
+    file.write(text.replace(old, new))
+  addresses.experiment.cache_clear()
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.load(f'{path}:plain')
+  assert str(caught.value).startswith(f'your file {path}, {message}')
+  assert '\n' not in str(caught.value)
+
+
 def test_a_row_with_a_typo_is_refused(path):
   with pytest.raises(errors.UserError, match="Did you mean 'peak_lr'"):
     config_lib.load(f'{path}:typo')
