@@ -40,7 +40,9 @@ def test_damaged_corpus_is_made_again(tmp_path, capsys):
   prepare.main(arguments)
   (tmp_path / 'shapes/tiny/tokenizer.model').unlink()
   prepare.main(arguments)
-  assert capsys.readouterr().out.count('prepared (train') == 2
+  (tmp_path / 'shapes/tiny/manifest.json').write_text('{"settings": {"tr')
+  prepare.main(arguments)
+  assert capsys.readouterr().out.count('prepared (train') == 3
   assert corpora.load_tokenizer(tmp_path, 'shapes/tiny').vocab_size == 400
 
 

@@ -163,8 +163,8 @@ def scenes(data_dir, corpus, split, limit=None):
   except corpora.BadRecord as error:
     raise errors.UserError(
         f'split {split!r} of {corpus!r} is damaged, and evaluation drops '
-        f'nothing: {error}. Remove its folder below {data_dir} and run: python '
-        f'-m mmgen.prepare --corpus={corpus} --data_dir={data_dir}'
+        f'nothing: {error}. To repair it, run: python -m mmgen.prepare '
+        f'--corpus={corpus} --data_dir={data_dir}'
     ) from error
 
 

@@ -53,6 +53,10 @@ def addresses():
 
 def folder(data_dir, corpus):
   """Folder of a corpus; checks that the address has a name and a size."""
+  if corpus.startswith('web/'):
+    raise errors.UserError(
+        f'corpus {corpus}: web corpora are not built yet; what reads them is a '
+        f'checked config and no more. There are: {", ".join(addresses())}')
   if not re.fullmatch(r'\w+/\w+', corpus):
     raise errors.UserError(
         f'corpus {corpus!r} is no address such as emoji/tiny; there are: '
@@ -82,8 +86,7 @@ def manifest(data_dir, corpus):
         f'corpus {corpus} is not in {data_dir}; run: {command}') from error
   except ValueError as error:
     raise errors.UserError(
-        f'{path} is broken ({error}); remove its folder and run: {command}'
-    ) from error
+        f'{path} is broken ({error}); to repair it, run: {command}') from error
 
 
 def check_language(where, data_dir, corpus, language):
@@ -325,9 +328,10 @@ def _disk_error(data_dir, error):
 def _is_there(data_dir, corpus, settings):
   """Whether the corpus is there, whole, and made with the same settings."""
   home = folder(data_dir, corpus)
-  if not (home / 'manifest.json').exists():
+  try:
+    found = json.loads((home / 'manifest.json').read_text())['settings']
+  except (FileNotFoundError, ValueError, KeyError):  # none, or a damaged one
     return False
-  found = manifest(data_dir, corpus)['settings']
   if found != settings:
     differences = ', '.join(
         f'{k}={found.get(k)} (asked: {v})' for k, v in settings.items()
