@@ -410,6 +410,7 @@ def run_key(config, data_dir) -> str:
   Raises:
     UserError: a corpus is not prepared, or a file cannot be read.
   """
+  data = _manifests(config.mix, data_dir)  # first: without it, nothing helps
   flat = {k: v for k, v in flatten(config).items()
           if k not in _SILENT_FIELDS
           and not k.startswith(('init.', 'evaluators.'))}
@@ -421,8 +422,7 @@ def run_key(config, data_dir) -> str:
   model = _settings(build_model(config, vocab=1).config)
   followed = evaluation_key(config, data_dir) if config.eval_every else ''
   return _digest(flat, model, ancestors, _file_keys(config),
-                 source_parts(config), RESULT_VERSION,
-                 _manifests(config.mix, data_dir), followed)
+                 source_parts(config), RESULT_VERSION, data, followed)
 
 
 def evaluation_key(config, data_dir) -> str:

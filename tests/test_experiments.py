@@ -14,6 +14,7 @@ from experiments.eve import base as eve
 from experiments.eve import stage1
 from mmgen import addresses
 from mmgen import config as config_lib
+from mmgen import errors
 from mmgen import table as table_lib
 from mmgen import train as train_lib
 from mmgen.data import corpora
@@ -85,6 +86,11 @@ def test_tables_share_their_runs(key):
   assert key('eve/encoder:eve') != key('eve/encoder:eve', 'paper')
   # At paper scale one table is of 33M pictures, the other of 0.5M.
   assert key('eve/alignment:plain', 'paper') != key('eve/encoder:eve', 'paper')
+
+
+def test_paper_scale_says_that_its_corpora_are_not_built():
+  with pytest.raises(errors.UserError, match='web/eve-.* are not built yet'):
+    table_lib.main(['--experiment=eve/encoder', '--scale=paper', '--dry_run'])
 
 
 def total_steps(row, scale):

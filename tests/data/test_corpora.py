@@ -202,6 +202,7 @@ def test_verify_finds_other_bytes_of_the_same_number(data, tmp_path, pattern):
     ('emoji/tiny', 'test', "no split 'test'; it has: train, validation"),
     ('emoji/tiny', 'train[half]', 'no slice'),
     ('shapes/tiny', 'train', 'mmgen.prepare --corpus=shapes/tiny --data_dir='),
+    ('web/eve-cap-33m', 'train', 'web corpora are not built yet'),
     ('emoji', 'train', 'no address such as emoji/tiny'),
     ('../tiny', 'train', 'no address')])
 def test_reading_errors_say_what_to_do(data, corpus, split, message):
@@ -223,7 +224,7 @@ def test_a_language_without_names_is_named(data):
 def test_broken_manifest_says_what_to_do(tmp_path):
   (tmp_path / 'emoji/tiny').mkdir(parents=True)
   (tmp_path / 'emoji/tiny/manifest.json').write_text('{"splits": ')
-  with pytest.raises(errors.UserError, match='broken .* run: python -m'):
+  with pytest.raises(errors.UserError, match='broken .* repair it, run: python -m'):
     corpora.manifest(tmp_path, 'emoji/tiny')
 
 
