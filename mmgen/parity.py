@@ -5,8 +5,8 @@
   python -m mmgen.convert --check=EVE-7B --against=theirs.npz
 
 The same pictures and token ids go through this model and through that of
-transformers or open_clip (extra `parity`), preprocessing included, and each
-stage (`mmgen/stages.py`) is compared. All is computed in float32.
+transformers, open_clip or timm (extra `parity`), preprocessing included, and
+each stage (`mmgen/stages.py`) is compared. All is computed in float32.
 
 What is on no package index can be run where it lives: `--stages` writes our
 inputs ('input/...') and stages, whoever runs the reference on these inputs
@@ -179,13 +179,14 @@ _OPEN_CLIP = ('torch', 'torchvision', 'timm', 'open_clip')
 
 
 @contextlib.contextmanager
-def _watched(model, marks=()):
+def _watched(model, tower, marks=()):
   """Records inputs of first blocks, outputs of all, in each tower.
 
   A block whose weights have 16 bits computes in 32.
 
   Args:
     model: a torch module.
+    tower: name of its tower, or of that which does not see.
     marks: (end of a module's name, stage of its input, stage of its output),
       None for what is not asked for.
 
@@ -217,11 +218,10 @@ def _watched(model, marks=()):
   within = set()
   for name, module in model.named_modules():
     if re.search(r'\b(layers|blocks|resblocks)$', name) and isinstance(
-        module, torch.nn.ModuleList):
-      tower = ('vision' if 'vis' in name else
-               'text' if hasattr(model, 'logit_scale') else 'decoder')
+        module, torch.nn.ModuleList | torch.nn.Sequential):
+      here = 'vision' if 'vis' in name else tower
       for i, block in enumerate(module):
-        watch(block, f'{tower}/0' if i == 0 else None, f'{tower}/{i + 1}')
+        watch(block, f'{here}/0' if i == 0 else None, f'{here}/{i + 1}')
         widen(block)
       within.update(module.modules())
     for end, before, after in marks:
@@ -287,7 +287,7 @@ def _run_transformers_clip(path, loaded, inputs, *, kind, marks):
   import torch
   model = _from_transformers(f'{kind}Model', path, loaded)
   pixels = torch.as_tensor(_pixel_values(kind, path, loaded, inputs))
-  with _watched(model, marks) as found:
+  with _watched(model, 'text', marks) as found:
     out = model(input_ids=torch.tensor(inputs['tokens']).long(),
                 pixel_values=pixels)
   return found | _numpy({
@@ -306,8 +306,9 @@ def _run_decoder(path, loaded, inputs, *, kind):
         _fuyu_patches if loaded.image['fit'] == 'fuyu' else _llava_pixels)(
             path, loaded, inputs)
   slots = inputs['segments'] > 0
-  with _watched(model, [('multi_modal_projector', None, 'connector'),
-                        ('lm_head', 'decoder/hidden', 'logits')]) as watched:
+  with _watched(model, 'decoder', [
+      ('multi_modal_projector', None, 'connector'),
+      ('lm_head', 'decoder/hidden', 'logits')]) as watched:
     model(input_ids=torch.tensor(inputs['tokens']).long(),
           attention_mask=torch.tensor(slots).long(), use_cache=False, **seen)
   if 'connector' in watched:  # one picture behind the other
@@ -360,11 +361,7 @@ def _run_open_clip(path, loaded, inputs, *, kind):
   made.pop('custom_text', None)
   made['vision_cfg'] = {**made['vision_cfg'], 'timm_model_pretrained': False}
   model = getattr(open_clip, kind)(**made).eval()
-  ignored = weights.FAMILIES[loaded.layout].ignored
-  model.load_state_dict({
-      name: torch.tensor(np.asarray(tensor, np.float32))
-      for name, tensor in files.open(path).items()
-      if not any(re.fullmatch(pattern, name) for pattern in ignored)})
+  _fill(model, path, loaded)
   pixels = open_clip.transform.image_transform_v2(
       open_clip.transform.PreprocessCfg(**{
           'size': model.visual.image_size, **own.get('preprocess_cfg', {})}),
@@ -372,7 +369,8 @@ def _run_open_clip(path, loaded, inputs, *, kind):
   images = torch.stack([
       pixels(PIL.Image.fromarray(x)) for x in stages_lib.pictures(inputs)])
   tokens = torch.tensor(inputs['tokens']).long()
-  with _watched(model, [('trunk.head', 'vision/pooled', None)]) as found:
+  with _watched(
+      model, 'text', [('trunk.head', 'vision/pooled', None)]) as found:
     image, text, scale = model(images, tokens)[:3]
   bias = 0 if model.logit_bias is None else model.logit_bias
   return found | _numpy({
@@ -380,11 +378,51 @@ def _run_open_clip(path, loaded, inputs, *, kind):
       'text/embedding': text, 'logits': scale * image @ text.T + bias})
 
 
+def _run_timm(path, loaded, inputs):
+  """The stages of an image tower of timm, pictures uncropped as ours."""
+  import timm
+  import torch
+  own = loaded.beside.get('config.json', {})
+  if 'architecture' not in own:
+    raise errors.UserError(
+        f'--check={path}: timm needs its config.json beside the weights')
+  image = loaded.image
+  model = timm.create_model(own['architecture'], **{
+      name: own[name] for name in ('num_classes', 'global_pool') if name in own
+  } | own.get('model_args', {})).eval()
+  _fill(model, path, loaded)
+  pixels = timm.data.create_transform(
+      (3, *image['size']), interpolation=image['kernel'], mean=image['mean'],
+      std=image['std'], crop_pct=1.0,
+      crop_mode='squash' if image['fit'] == 'square' else 'center')
+  images = torch.stack([
+      pixels(PIL.Image.fromarray(x)) for x in stages_lib.pictures(inputs)])
+  with _watched(model, 'vision') as found:
+    hidden = model.forward_features(images)
+    embedding = model.forward_head(hidden)
+  found |= _numpy({'vision/pixels': images.movedim(1, -1)})
+  if loaded.layout == 'timm_eva_avg':  # its norm comes after an average
+    return found
+  return found | _numpy({'vision/hidden': hidden,
+                         'vision/embedding': embedding})
+
+
+def _fill(model, path, loaded):
+  """Gives a model of torch its weights, in 32 bits."""
+  import torch
+  ignored = weights.FAMILIES[loaded.layout].ignored
+  model.load_state_dict({
+      name: torch.tensor(np.asarray(tensor, np.float32))
+      for name, tensor in files.open(path).items()
+      if not any(re.fullmatch(pattern, name) for pattern in ignored)})
+
+
 def _open_clip_config(loaded):
   """Fields of open_clip's model, from ours."""
   config = loaded.model.config
   vision, text = config.vision, config.text
-  if loaded.layout.startswith('eva') or vision.mlp != text.mlp:
+  if loaded.layout in ('eva_open_clip', 'open_clip_siglip') or (
+      vision.mlp != text.mlp):
     raise errors.UserError(
         'open_clip needs the open_clip_config.json of the model beside its '
         'weights')
@@ -411,6 +449,8 @@ _FUYU = _Reference(functools.partial(
 _CUSTOM = _Reference(functools.partial(
     _run_open_clip, kind='CustomTextCLIP'), _OPEN_CLIP)
 
+_TIMM = _Reference(_run_timm, ('torch', 'torchvision', 'timm'))
+
 # Of these layouts of `weights.FAMILIES` the reference can be installed.
 REFERENCES = {
     'hf_clip': _HF_CLIP,
@@ -421,7 +461,11 @@ REFERENCES = {
     'openai_clip': _Reference(functools.partial(
         _run_open_clip, kind='CLIP'), _OPEN_CLIP),
     'open_clip': _CUSTOM,
+    'open_clip_siglip': _CUSTOM,
     'eva_open_clip': _CUSTOM,
+    'timm_eva': _TIMM,
+    'timm_eva_avg': _TIMM,
+    'timm_siglip': _TIMM,
     'llama': _Reference(functools.partial(
         _run_decoder, kind='AutoModelForCausalLM'), _TRANSFORMERS),
     'hf_llava': _LLAVA,

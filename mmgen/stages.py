@@ -5,11 +5,13 @@ unequal length. Stages are named arrays, in the order of the computation:
 
   vision/pixels                        after preprocessing
   vision/0, vision/1, ...              input of the first block, output of each
-  vision/pooled, vision/embedding      of a CLIP, before and after projection
+  vision/hidden                        after the last norm, of a tower alone
+  vision/pooled, vision/embedding      before and after projection, if any
   connector                            what a decoder sees of pictures, by slot
   text/..., decoder/...                as vision/...
   decoder/hidden                       after the last norm
-  logits, regressed                    what a visual head predicts
+  logits
+  regressed, predicted                 by a visual head; by EVA of patches
 
 Stages of a decoder hold the slots in use, one row of the batch behind the
 other, [slots, ...].
@@ -29,6 +31,7 @@ from mmgen.data import document as document_lib
 from mmgen.data import image as image_lib
 from mmgen.data import layout as layout_lib
 from mmgen.models import clip
+from mmgen.models import image_tower
 from mmgen.models import multimodal
 from mmgen.models import patch_embedding
 from mmgen.models import vision_encoder
@@ -46,7 +49,7 @@ def load(path, said):
   loaded = weights.load(path, said=said, dtype=dtype(
       tensor.dtype for tensor in files.open(path).values()))
   config = loaded.model.config
-  if not isinstance(loaded.model, clip.Clip | multimodal.MultimodalDecoder) or (
+  if type(loaded.model) not in KINDS or (
       config.vision is not None and 'vision' not in loaded.params):
     raise errors.UserError(
         f'{path} has the layout {loaded.layout}, which is not a whole model.')
@@ -85,13 +88,13 @@ def inputs(loaded):
 
   Returns:
     {name: array}: 'picture/0', ... uint8 [Y, X, 3] of any size; and the batch
-    that the model takes, of a CLIP images, tokens and valid, else what
-    `layout.unpacked` returns.
+    that the model takes: of a CLIP images, tokens and valid, of an image tower
+    images, else what `layout.unpacked` returns.
   """
   config, shown = loaded.model.config, []
   if config.vision is not None:
     shown = _draw(loaded.image['size'], loaded.image['fit'])
-  batch = _pairs if isinstance(config, clip.ClipConfig) else _rows
+  batch, _ = KINDS[type(loaded.model)]
   named = {f'picture/{i}': pixels for i, pixels in enumerate(shown)}
   return named | batch(loaded, shown)
 
@@ -120,7 +123,7 @@ def _draw(size, fit):
 
 def _pairs(loaded, shown):
   """The batch of a CLIP; texts of unequal length, padded with 0."""
-  config, image = loaded.model.config, loaded.image
+  config = loaded.model.config
   T, vocab = config.text.length, config.text.vocab
   own = loaded.beside.get('config.json', {}).get('text_config') or {}
   end = own.get('eos_token_id', 2)
@@ -131,12 +134,16 @@ def _pairs(loaded, shown):
   tokens = np.zeros((len(lengths), T), np.int32)
   for row, length in zip(tokens, lengths):
     row[:length] = *draw.choice(words, length - 1), end
-  return dict(
-      tokens=tokens,
-      valid=np.arange(T)[None] < np.asarray(lengths)[:, None],
-      images=np.stack([image_lib.fit_pixels(
-          pixels, image['size'], image['fit'], image['kernel'],
-          config.vision.grid)[0] for pixels in shown]))
+  return _images(loaded, shown) | dict(
+      tokens=tokens, valid=np.arange(T)[None] < np.asarray(lengths)[:, None])
+
+
+def _images(loaded, shown):
+  """The batch of an image tower."""
+  image, grid = loaded.image, loaded.model.config.vision.grid
+  return dict(images=np.stack([
+      image_lib.fit_pixels(pixels, image['size'], image['fit'],
+                           image['kernel'], grid)[0] for pixels in shown]))
 
 
 def _rows(loaded, shown):
@@ -196,11 +203,26 @@ class _Ids:
 
 def compute(loaded, inputs):
   """What a model makes of its inputs: {name of a stage: float32 array}."""
-  run = _run_pairs if isinstance(loaded.model.config, clip.ClipConfig) else (
-      _run_rows)
+  _, run = KINDS[type(loaded.model)]
   with jax.default_matmul_precision('highest'):
     found = run(loaded.model, {'params': loaded.params}, inputs)
   return {name: np.asarray(x, np.float32) for name, x in found.items()}
+
+
+def _run_images(model, variables, inputs):
+  """The stages of an image tower."""
+  c, images = model.config, jnp.asarray(inputs['images'])
+  embedding, out = model.apply(
+      variables, images, tuple(range(c.vision.layers + 1)),
+      method='encode_image')
+  found = {'vision/pixels': vision_encoder.standardise(
+      images, c.vision.mean, c.vision.std)}
+  found |= {f'vision/{i}': x for i, x in out['taps'].items()}
+  found |= {'vision/hidden': out['hidden'], 'vision/embedding': embedding}
+  if c.predicted is not None:
+    _, out = model.apply(variables, images)
+    found['predicted'] = out['predicted']
+  return found
 
 
 def _run_pairs(model, variables, inputs):
@@ -266,3 +288,11 @@ def _in_use(table_BIPD, visual_BT):
   return jnp.concatenate([
       row.reshape(-1, row.shape[-1])[visual[visual >= 0]]
       for row, visual in zip(table_BIPD, visual_BT)])
+
+
+# {kind of a model: (function that makes its batch, that runs it)}
+KINDS = {
+    clip.Clip: (_pairs, _run_pairs),
+    image_tower.ImageTower: (_images, _run_images),
+    multimodal.MultimodalDecoder: (_rows, _run_rows),
+}

@@ -86,6 +86,31 @@ CASES = {
                    num_heads=5, mlp_ratio=2.6, use_post_norm=True)),
               ('vision.placement=post', 'vision.rope_grid=none',
                'vision.heads=5')),
+    'open_clip_siglip': ('open_clip_siglip', lambda folder:
+                         tiny.open_clip_folder(
+        folder, 4, custom=True, embed_dim=18, init_logit_bias=-3.,
+        vision_cfg=dict(image_size=[13, 8]),
+        preprocess=dict(resize_mode='squash', mean=[.5] * 3, std=[.5] * 3),
+        text_cfg=dict(
+            PAIR, no_causal_mask=True, proj_bias=True, pool_type='last',
+            norm_kwargs=dict(eps=1e-6)),
+        kind=tiny.siglip_trunk, pool='map', trunk=dict(
+            img_size=(13, 8), patch_size=3, embed_dim=18, depth=2, num_heads=3,
+            mlp_ratio=1.7)), ('vision.heads=3',)),
+    'timm_eva': ('timm_eva', lambda folder: tiny.timm_folder(
+        folder, architecture='eva02_base_patch16_clip_224', img_size=(20, 12),
+        patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=7,
+        mlp_ratio=1.9, global_pool='token', pictures=dict(
+            input_size=(3, 20, 12), crop_mode='squash')),
+                 ('vision.placement=pre', 'vision.rope_grid=[16, 16]')),
+    'timm_eva_avg': ('timm_eva_avg', lambda folder: tiny.timm_folder(
+        folder, 1, architecture='eva02_tiny_patch14_224', img_size=15,
+        patch_size=5, embed_dim=20, depth=3, num_heads=5, num_classes=0),
+                     ('vision.placement=pre', 'vision.rope_grid=[16, 16]')),
+    'timm_siglip': ('timm_siglip', lambda folder: tiny.timm_folder(
+        folder, 2, architecture='vit_base_patch16_siglip_224', depth=2,
+        img_size=(10, 13), patch_size=3, embed_dim=15, num_heads=5,
+        mlp_ratio=1.5, num_classes=0), ()),
     'llama': ('llama', lambda folder: tiny.llama(folder, **LLAMA), ()),
     'llama_bfloat16': ('llama', lambda folder: tiny.llama(
         folder, 1, **dict(LLAMA, num_attention_heads=6, num_key_value_heads=2,
@@ -140,7 +165,8 @@ def test_every_stage_is_that_of_the_library(name, made, capsys):
       capsys.readouterr().out)
   said = capsys.readouterr().out
   assert f'({CASES[name][0]}' in said
-  assert 'logits' in said and 'worse' not in said
+  assert ('logits' in said or 'timm' in name) and 'worse' not in said
+  assert 'vision/2' in said or 'decoder/2' in said
 
 
 def published(folder, to):
@@ -167,6 +193,7 @@ PERTURBED = {
                       'vision/1'),
     'open_clip_oblong': ('logit_scale', 'logits'),
     'eva02': ('visual.trunk.blocks.1.attn.v_proj.bias', 'vision/2'),
+    'timm_siglip': ('attn_pool.kv.bias', 'vision/embedding'),
     'llama': ('model.layers.0.self_attn.v_proj.weight', 'decoder/1'),
     'qwen2': ('model.layers.1.self_attn.k_proj.bias', 'decoder/2'),
     'llava': ('multi_modal_projector.linear_1.bias', 'connector'),

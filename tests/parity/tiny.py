@@ -72,32 +72,49 @@ def fuyu(folder, seed=0, *, canvas, patch, text, picture):
       patch_size=dict(height=patch, width=patch)).save_pretrained(folder)
 
 
+def timm_folder(folder, seed=0, *, architecture, pictures=None, **args):
+  """A tower of timm; what is given overrides a published architecture."""
+  model = randomise(timm.create_model(
+      architecture, pretrained_cfg_overlay=pictures, **args), seed)
+  timm.models.save_for_hf(model, folder, model_args=args)
+
+
+def siglip_trunk(**fields):
+  """timm's image tower of a SigLIP."""
+  return timm.models.vision_transformer.VisionTransformer(
+      class_token=False, **fields)
+
+
 def open_clip_folder(folder, seed=0, *, custom=False, trunk=None, preprocess=(),
-                     wrap=None, **config):
+                     kind=timm.models.eva.Eva, pool='token', wrap=None,
+                     **config):
   """A model of open_clip, with its config beside it unless `wrap` is a file.
 
   Args:
     folder: to make.
     seed: of its weights.
     custom: whether the names of the text tower are below 'text.'.
-    trunk: fields of timm's `Eva`, to be found under a name of its own.
+    trunk: fields of a tower of timm, to be found under a name of its own.
+    kind: of that tower.
+    pool: by which it pools.
     preprocess: of the config.
     wrap: name of a file of torch.save, in place of safetensors and a config.
     **config: of the model.
   """
   folder.mkdir()
   if trunk is not None:
-    name = f'eva_tiny_{seed}'
-    make = lambda pretrained=False, **fields: timm.models.eva.Eva(
+    name = f'tiny_{pool}_{seed}'
+    make = lambda pretrained=False, **fields: kind(
         **trunk, **{key: value for key, value in fields.items()
                     if key in ('num_classes', 'global_pool')})
     make.__name__ = make.__qualname__ = name
     make.__module__ = 'timm.models.eva'
     timm.models.register_model(make)
     config['vision_cfg'] = dict(config['vision_cfg'], timm_model_name=name,
-                                timm_pool='token', timm_proj=None)
-  kind = open_clip_model.CustomTextCLIP if custom else open_clip.CLIP
-  model = randomise(kind(**config), seed)
+                                timm_pool=pool, timm_proj='none'
+                                if pool == 'map' else None)
+  whole = open_clip_model.CustomTextCLIP if custom else open_clip.CLIP
+  model = randomise(whole(**config), seed)
   state = {name: x.contiguous() for name, x in model.state_dict().items()}
   if wrap is not None:
     torch.save(dict(epoch=1, state_dict=state), folder / wrap)
