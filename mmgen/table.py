@@ -41,9 +41,11 @@ Only `title` and `metrics` are needed. The fields of a column, a claim (kinds
 'greater', 'equal', 'trend', 'interaction', 'margin') and a control are
 described in `mmgen.tables.claims`, the rules of a verdict in
 `mmgen.tables.verdicts`. An 'aa' control trains its row at further seeds (1000
-and up). Each claim is hashed when a table first runs, with its rows (their
-configs, and those of all runs they start from), the seeds, budget, account and
-exclusions; a claim that changes afterwards is marked exploratory.
+and up). Claims and controls are frozen when a table first runs, with their rows
+(their configs, and those of all runs they start from), the seeds, budget,
+account and exclusions. A claim that is changed or added afterwards, or rests on
+results that were there before, is marked exploratory, and one that is dropped
+is named; see `mmgen.tables.frozen`.
 
 `--tune` trains every row at every peak learning rate of `tuning.grid` with the
 tuning seeds, scores it on a split that judges nothing, and prints the best
@@ -70,6 +72,7 @@ from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import errors
 from mmgen.tables import claims
+from mmgen.tables import frozen
 from mmgen.tables import report
 from mmgen.tables import run_graph
 from mmgen.tables import summary
@@ -146,13 +149,26 @@ def declared_runs(
   return found
 
 
-def freeze(path, hashes: dict[str, str]) -> dict[str, str]:
-  """Stores the hashes of all claims, once; returns those stored."""
-  if not path.exists():
-    with checkpoint.writing(path.parent):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(hashes, indent=1))
-  return json.loads(path.read_text())
+def since_frozen(args, table: claims.Table) -> frozen.Departures:
+  """Says where a table departs from what was declared before its first run.
+
+  The first time it stores what is declared, and which results are there.
+  """
+  name = args.experiment
+  path = _folder(args, args.scale) / 'table.frozen.json'
+  runs = declared_runs(name, table, args.scale, args.data_dir)
+  stored = frozen.read(path)
+  if stored is None:
+    targets = targets_of(
+        name, _selected_rows(None, name, table), table.seeds, table)
+    found, keys = run_graph.plan(
+        targets.values(), args.scale, args.workdir, args.data_dir)
+    stored = frozen.declaration(table, runs, [
+        wanted for wanted, target in targets.items()
+        if found[keys[target]].state not in (
+            run_graph.MISSING, run_graph.CUT_OFF)])
+    frozen.write(path, stored)
+  return frozen.departures(table, stored, frozen.declaration(table, runs))
 
 
 # ---------------------------------------------------------------------------
@@ -329,15 +345,12 @@ def run_table(args) -> int:
     return 0
   tuned, departures = _tuned(args, rows, table)
   folder = _folder(args, args.scale)
-  hashes = claims.hashes(table, declared_runs(
-      args.experiment, table, args.scale, args.data_dir))
-  frozen = freeze(folder / 'table.frozen.json', hashes)
+  since = since_frozen(args, table)
   failed = _execute(args, runs)
   outcomes = [outcome(*wanted, key, runs, failed)
               for wanted, key in keys.items()]
-  changed = [claim for claim in hashes if hashes[claim] != frozen.get(claim)]
   said = summary.summarise(
-      args.experiment, table, rows, outcomes, changed, args.scale)
+      args.experiment, table, rows, outcomes, since, args.scale)
   said['other_scale'] = _other_scale(args)
   said['tuning'] = tuned
   said['warnings'] += departures

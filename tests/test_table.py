@@ -131,6 +131,35 @@ def test_a_row_that_changes_afterwards_makes_its_claim_exploratory(
                   ] * changed
 
 
+SECOND = """, 'late': dict(
+    kind='greater', a='clip', b='broken', metric='vqa', d=0.03, text='Late.')},
+    controls="""
+
+
+def test_what_is_written_or_dropped_afterwards_is_said(lab):
+  lab.run('--seeds=0')
+  lab.write(("helps>.')},\n    controls=", f"helps>.'){SECOND}"),
+            ("{'aa': dict(kind='aa', row='patches'),", '{'),
+            ("than='patches')", "than='patches', d=0.5)"))
+  lab.run('--seeds=0')
+  gap, late = lab.said['claims']
+  assert gap['notes'] == []
+  assert late['notes'] == ['exploratory: it was declared after the first run']
+  assert lab.said['controls'][0]['notes'] == [
+      'it or its rows changed after the first run']
+  assert "control 'aa', declared before the first run, is gone" in (
+      lab.said['warnings'])
+
+
+def test_a_claim_about_results_that_are_there_is_exploratory(lab):
+  lab.run('--seeds=0', '--rows=patches')
+  (lab.folder / 'table.frozen.json').unlink()
+  lab.run('--seeds=0')
+  assert lab.said['claims'][0]['notes'] == [
+      'exploratory: results that it rests on were there before it was '
+      'declared: patches seed 0']
+
+
 @pytest.mark.parametrize('argument, message', [
     ('--rows=clp', "no row 'clp' to run. Did you mean 'clip'"),
     ('--rows=hd', "no row 'hd' to run"),

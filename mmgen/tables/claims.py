@@ -2,14 +2,13 @@
 
 `parse` checks the dict `TABLE` of an experiment into the dataclasses below;
 `mmgen.table` tells how to write one. What finished runs say of a table is in
-`mmgen.tables.summary`, the statistics are in `mmgen.tables.verdicts`.
+`mmgen.tables.summary`, the statistics are in `mmgen.tables.verdicts`. That
+a table keeps to what it declared is the matter of `mmgen.tables.frozen`.
 """
 
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import hashlib
-import json
 import math
 
 from mmgen import errors
@@ -306,30 +305,3 @@ def _check_margin(claim: Claim, column: Column, where: str):
     raise errors.UserError(
         f'{where}.published: a margin has no figures of its own to hold '
         'against a source; leave it out.')
-
-
-# ---------------------------------------------------------------------------
-# Frozen declarations
-
-
-def hashes(table: Table, runs: Mapping[str, str]) -> dict[str, str]:
-  """Returns a hash of each claim with all that decides its verdict.
-
-  The claim (predicate, d), its rows, the seeds, the tuning, the budget, the
-  matched account and the exclusions. A claim whose hash differs from the one
-  stored at the first confirmatory run was changed with results in sight.
-
-  Args:
-    table: the declared table.
-    runs: {row: key of what it trains and how it is scored}, without the rows
-      that are not run.
-  """
-  tuning = table.tuning and dataclasses.astuple(table.tuning)
-  shared = (table.seeds, table.tuning_seeds, tuning, table.budget,
-            table.account, table.exclusions)
-  columns = {name: dataclasses.astuple(c) for name, c in table.metrics.items()}
-  return {name: hashlib.sha256(json.dumps(
-      [dataclasses.astuple(claim), columns[claim.metric], shared,
-       [runs.get(row) for row in claim.all_rows]],
-      default=str).encode()).hexdigest()
-          for name, claim in table.claims.items()}

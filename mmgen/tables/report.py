@@ -201,7 +201,8 @@ def _claim_cards(said: dict) -> str:
 
 def _controls(said: dict) -> str:
   return _grid(['control', 'difference [90 %]', 'd', 'outcome'], [
-      [html.escape(c['text']), text_table.effect(c, said['columns']),
+      [html.escape(c['text']) + ''.join(map(_soft, c['notes'])),
+       text_table.effect(c, said['columns']),
        text_table.figure(c['d'], said['columns'][c['metric']]),
        _chip(c['word'], 'reversed' if c['contradicted'] else '')]
       for c in said['controls']])

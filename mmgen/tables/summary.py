@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from mmgen.tables import claims
+from mmgen.tables import frozen
 from mmgen.tables import verdicts
 
 FEWEST_EXAMPLES = 2000
@@ -193,7 +194,7 @@ def preconditions(
   return flags
 
 
-def _judge_claim(name, claim, table, outcomes, changed, scale) -> dict:
+def _judge_claim(name, claim, table, outcomes, since, scale) -> dict:
   by_row = scores(table.metrics[claim.metric], outcomes)
   seeds = verdicts.common_seeds([by_row.get(r, {}) for r in claim.all_rows])
   values = {role: np.array([[by_row[row][s] for s in seeds] for row in names])
@@ -209,8 +210,7 @@ def _judge_claim(name, claim, table, outcomes, changed, scale) -> dict:
                if o.row in claim.all_rows and o.seed in seeds)
   if failed:
     notes.append(f'failed runs counted at chance: {failed}')
-  if name in changed:
-    notes.append('exploratory: it or its rows changed after the first run')
+  notes += since.claims.get(name, ())
   outside = sorted(set(seeds) - set(table.seeds))
   if outside:
     notes.append(f'exploratory: undeclared seeds {outside}')
@@ -225,7 +225,7 @@ def _judge_claim(name, claim, table, outcomes, changed, scale) -> dict:
       **dataclasses.asdict(verdict.estimate))
 
 
-def _judge_control(name, control, table, outcomes) -> dict:
+def _judge_control(name, control, table, outcomes, since) -> dict:
   metric = control.metric or next(iter(table.metrics))
   by_row = scores(table.metrics[metric], outcomes)
   row = by_row.get(control.row, {})
@@ -241,8 +241,9 @@ def _judge_control(name, control, table, outcomes) -> dict:
     differences = [sign * (whole[s] - row[s])
                    for s in verdicts.common_seeds([row, whole])]
     word, contradicted = verdicts.control_worse(differences, control.d)
-  return dict(name=name, text=text, metric=metric, d=control.d, word=word,
-              contradicted=contradicted,
+  return dict(name=name, kind=control.kind, text=text, metric=metric,
+              d=control.d, word=word, contradicted=contradicted,
+              notes=list(since.controls.get(name, ())),
               **dataclasses.asdict(verdicts.estimate(differences)))
 
 
@@ -318,7 +319,7 @@ def _warnings(table: claims.Table, rows, outcomes, revisions) -> list[str]:
 
 
 def summarise(experiment: str, table: claims.Table, rows: Sequence[str],
-              outcomes: Sequence[Outcome], changed: Sequence[str],
+              outcomes: Sequence[Outcome], since: frozen.Departures,
               scale: str) -> dict:
   """Joins a table with its outcomes.
 
@@ -328,7 +329,7 @@ def summarise(experiment: str, table: claims.Table, rows: Sequence[str],
     rows: rows to show, in their order.
     outcomes: of the rows' last stages; those of the second half of an A/A
       control have seeds from `claims.OTHER_SEEDS` on.
-    changed: claims that are not what they were at the first confirmatory run.
+    since: where the table departs from what was frozen.
     scale: of the runs.
 
   Returns:
@@ -339,7 +340,7 @@ def summarise(experiment: str, table: claims.Table, rows: Sequence[str],
       r for r in table.not_run if r not in rows))]
   results = [o.result for o in outcomes if o.result]
   revisions = sorted({revision for o in outcomes for revision in o.revisions})
-  judged = [_judge_claim(name, claim, table, first, changed, scale)
+  judged = [_judge_claim(name, claim, table, first, since, scale)
             for name, claim in table.claims.items()]
   for claim, p in zip(judged, verdicts.holm([c['p'] for c in judged])):
     claim['p_holm'] = p
@@ -351,9 +352,10 @@ def summarise(experiment: str, table: claims.Table, rows: Sequence[str],
       columns={name: dataclasses.asdict(column)
                for name, column in table.metrics.items()},
       rows=shown, claims=judged,
-      controls=[_judge_control(name, control, table, outcomes)
+      controls=[_judge_control(name, control, table, outcomes, since)
                 for name, control in table.controls.items()],
-      warnings=_warnings(table, shown, outcomes, revisions),
+      warnings=[*since.warnings,
+                *_warnings(table, shown, outcomes, revisions)],
       failed=sum(o.result is None for o in outcomes),
       provenance=dict(
           git_revision=revisions, device=sorted({r['device'] for r in results}),

@@ -220,7 +220,8 @@ def _controls(said):
   table = _rich_table('Controls', 'control', 'difference [90 %]', 'outcome')
   for control in said['controls']:
     table.add_row(
-        control['text'], effect(control, said['columns']),
+        '\n'.join([control['text'], *control['notes']]),
+        effect(control, said['columns']),
         rich.text.Text(control['word'],
                        'bold red' if control['contradicted'] else ''))
   return table
@@ -295,7 +296,7 @@ def markdown(said: dict) -> str:
   if said['controls']:
     parts += ['## Controls', _grid(
         ['control', 'difference [90 %]', 'outcome'],
-        [[c['text'], effect(c, columns), c['word']]
+        [['\n'.join([c['text'], *c['notes']]), effect(c, columns), c['word']]
          for c in said['controls']])]
   if said['tuning']:
     head, *lines = rates(said['tuning'])

@@ -1,6 +1,5 @@
 """Declared tables: what is accepted, and what is refused with which words."""
 
-import dataclasses
 import re
 
 import pytest
@@ -9,7 +8,6 @@ from mmgen import errors
 from mmgen.tables import claims
 
 ROWS = ('clip', 'patches', 'broken', 's')
-RUNS = {row: f'key of {row}' for row in ROWS}  # what each row trains
 GAP = dict(kind='greater', a='clip', b='patches', metric='vqa', d=0.03,
            text='A trained encoder helps.')
 TABLE = dict(
@@ -151,37 +149,3 @@ def test_a_claim_may_name_a_row_that_is_not_run():
   table = changed(not_run={'hd': 'too large'},
                   claims={'gap': {**GAP, 'b': 'hd'}})
   assert table.claims['gap'].b == 'hd'
-
-
-@pytest.mark.parametrize('other', [
-    with_claim(d=0.02),
-    with_claim(b='broken'),
-    changed(seeds=(0, 1, 2)),
-    changed(budget='more'),
-    changed(account='flops'),
-    changed(exclusions=('all that failed',)),
-    changed(metrics={'vqa': dict(score='vqa/accuracy', ceiling=0.5)}),
-])
-def test_what_decides_a_verdict_changes_its_hash(other):
-  before = claims.hashes(claims.parse(TABLE, ROWS), RUNS)
-  assert claims.hashes(other, RUNS) != before
-
-
-def test_the_tuning_changes_the_hash_of_a_claim():
-  other = {**TUNED, 'tuning': {**TUNED['tuning'], 'stage': 'two'}}
-  assert claims.hashes(changed(**other), RUNS) != (
-      claims.hashes(changed(**TUNED), RUNS))
-
-
-def test_what_does_not_decide_it_does_not():
-  table = claims.parse(TABLE, ROWS)
-  other = dataclasses.replace(table, title='Other', published_source='blog')
-  assert claims.hashes(other, RUNS) == claims.hashes(table, RUNS)
-
-
-def test_what_a_row_trains_changes_the_hashes_of_its_claims():
-  table = claims.parse(TABLE, ROWS)
-  here, before = set(table.claims['gap'].all_rows), claims.hashes(table, RUNS)
-  for row in RUNS:
-    after = claims.hashes(table, RUNS | {row: 'other'})
-    assert (after['gap'] != before['gap']) == (row in here)

@@ -11,6 +11,7 @@ import pytest
 import rich.console
 
 from mmgen.tables import claims
+from mmgen.tables import frozen
 from mmgen.tables import plots
 from mmgen.tables import report
 from mmgen.tables import summary
@@ -21,7 +22,7 @@ ENTRY = ml_collections.ConfigDict(dict(corpus='c', split='compositions'))
 CONFIG = ml_collections.ConfigDict(dict(evaluators=dict(vqa=ENTRY)))
 
 
-def said(seeds=8, **fields):
+def said(seeds=8, since=frozen.Departures(), **fields):
   rows = ('clip', 'patches')
   table = claims.parse(dict(
       title='Encoders', metrics={
@@ -37,12 +38,13 @@ def said(seeds=8, **fields):
           'vqa/accuracy': score + 0.01 * (seed % 2),
           'vqa/accuracy/blind': 0.07, 'loss/loss': 2 - score},
                       fingerprints={}, device='cpu'),
-      account={'samples': 25600, 'flops': 3e12}, own={'samples': 5600,
-                                                      'flops': 3e12},
+      account={'samples': 25600, 'flops': 3e12},
+      own={'samples': 5600, 'flops': 3e12}, loss_fall=0.0,
       revisions=('abc',), date='2026-01-01')
               for row, score in (('clip', 0.61), ('patches', 0.5))
               for seed in range(seeds)]
-  return {**summary.summarise('toy', table, rows, outcomes, (), 'mini'),
+  return {**summary.summarise('toy', table, rows, outcomes, since,
+                              'mini'),
           'other_scale': {}, 'tuning': None}
 
 
