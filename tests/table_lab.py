@@ -135,4 +135,7 @@ class Lab:
 
   @property
   def said(self):
-    return json.loads((self.folder / 'table.json').read_text())
+    """What the last run wrote, a whole table or a part."""
+    paths = self.folder.glob('**/table.json')
+    newest = max(paths, key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text())

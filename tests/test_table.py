@@ -6,6 +6,7 @@ import table_lab
 from mmgen import addresses
 from mmgen import errors
 from mmgen import table
+from mmgen.tables import run_graph
 from mmgen.tables import text_table
 
 
@@ -37,6 +38,21 @@ def test_a_whole_table(lab, capsys):
   out = capsys.readouterr().out
   assert 'run 40 of 40' in out
   assert str(lab.folder / 'report.html') in out
+
+
+def test_a_part_does_not_replace_the_whole_table(lab):
+  lab.run()
+  before = {p.name: p.read_text() for p in lab.folder.iterdir()}
+  assert lab.said['warnings'] == []
+  lab.run('--rows=patches,broken', '--seeds=7,1')
+  assert lab.said['warnings'] == [
+      'only a part of the table: rows patches, broken; seeds 7, 1']
+  assert {p.name for p in (lab.folder / 'part').iterdir()} == {
+      'report.html', 'table.md', 'table.json'}
+  assert before == {
+      p.name: p.read_text() for p in lab.folder.iterdir() if p.is_file()}
+  lab.run('--seeds=7,6,5,4,3,2,1,0')
+  assert lab.said['warnings'] == []
 
 
 def test_a_second_call_runs_nothing(lab, capsys):
@@ -101,7 +117,20 @@ def test_a_verdict_never_fails_the_command(lab):
 def test_five_seeds_against_a_control_fail_it(lab, seeds, code, capsys):
   lab.scores['broken'] = 0.7
   assert lab.run(f'--seeds={seeds}') == code
-  assert ('contradicts' in capsys.readouterr().out) == bool(code)
+  out = capsys.readouterr().out
+  assert ('contradicts' in out) == bool(code) and 'by chance' not in out
+
+
+def test_a_row_that_differs_from_itself_may_do_so_by_chance(
+    lab, monkeypatch, capsys):
+  launch = lab.launch
+  def shifted(run, *rest):
+    lab.scores['patches'] = 0.5 if run.seed < 1000 else 0.6
+    return launch(run, *rest)
+  monkeypatch.setattr(run_graph, 'launch', shifted)
+  assert lab.run() == 1
+  assert ("control 'aa' contradicts its expectation; about 1 of 10 healthy "
+          'tables does so by chance: ') in capsys.readouterr().out
 
 
 def test_a_claim_that_changes_afterwards_is_exploratory(lab):
