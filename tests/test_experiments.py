@@ -20,6 +20,7 @@ from mmgen import train as train_lib
 from mmgen.data import corpora
 from mmgen.models import multimodal
 from mmgen.tables import summary
+from mmgen.tables import tuning
 from mmgen.training import checkpoint
 from mmgen.training import metrics
 from mmgen.training import optimizer
@@ -34,6 +35,17 @@ HOLDS, FAILS, OPEN = 'holds', 'fails', 'not published'
 def test_every_table_can_be_read(name):
   table = table_lib.declared(name)
   assert table.title and table.budget
+
+
+@pytest.mark.parametrize('name', [
+    'quickstart', 'eve/encoder', 'eve/alignment', 'eve/patch_layer'])
+def test_a_tuning_gives_every_row_the_same_trials_on_another_split(name):
+  table, rows = table_lib.declared(name), addresses.rows(name)
+  trials = tuning.trials(name, rows, 'mini', table)
+  assert len(trials) == len(rows) * 5 * 2
+  # The rates that the rows train at are tried, and are not at the edge.
+  assert {config_lib.load(f'{name}:{row}').optimizer.peak_lr
+          for row in rows} <= set(table.tuning.grid[1:-1])
 
 
 @pytest.mark.parametrize('name, expected', [

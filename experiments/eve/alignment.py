@@ -96,6 +96,7 @@ TABLE = dict(
         shuffled=dict(kind='worse', row='shuffled', than='aligned')),
     seeds=tuple(range(8)),
     account='samples',
+    **eve.TUNING,
     budget='120 + 320 + 240 steps (more_steps: of equal FLOPs), one shared '
     'learning rate, not tuned',
     not_run={f'{row}_{budget}': _NOT_RELEASED + suffix

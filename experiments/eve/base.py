@@ -170,6 +170,12 @@ SHUFFLED = {
     'paper': {'mix.captions.shuffle_pairs': True},
 }
 
+# Of the last stage, the same for every row; see `mmgen.tables.tuning`.
+TUNING = dict(
+    tuning=dict(grid=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+                metric='name in caption'),
+    tuning_seeds=(100, 101))
+
 METRICS = {'name in caption': 'caption/name_recall',
            'object named': 'vqa/what',
            'all questions': 'vqa/accuracy',

@@ -62,4 +62,5 @@ TABLE = dict(
         shuffled=dict(kind='worse', row='eve_shuffled', than='eve')),
     seeds=(0, 1, 2, 3, 4),
     account='samples',
+    **eve.TUNING,
     budget='120 + 320 + 240 steps, one shared learning rate, not tuned')

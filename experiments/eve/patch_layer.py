@@ -68,4 +68,5 @@ TABLE = dict(
         shuffled=dict(kind='worse', row='shuffled', than='full')),
     seeds=tuple(range(12)),
     account='samples',
+    **eve.TUNING,
     budget='120 + 320 + 240 steps, one shared learning rate, not tuned')

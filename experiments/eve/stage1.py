@@ -22,7 +22,8 @@ collapse with alignment on. The connector trains in every arm.
 
 At paper scale `_t` and `_2t` are 4M and 8M, and `without` gets no more, as in
 Table 5; how long stage 1 was there is not stated, here it is the full recipe's.
-"Absent" at mini scale is a likely result, and a fair one.
+"Absent" at mini scale is a likely result, and a fair one. Rates are what the
+grids are about: this table has no tuning.
 
 Cost at mini scale, an estimate: 1.5 minutes for each of 30 runs of the grids
 on two cores and 20 for the rest, a seed; 8 seeds take about 9 hours.
