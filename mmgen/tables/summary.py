@@ -158,10 +158,10 @@ def _not_converged(claim: claims.Claim, outcomes) -> list[str]:
     e = verdicts.estimate([fall for fall in falls if fall is not None])
     high = e.mean if e.high is None else e.high
     if falls and (high is None or high >= FLAT_LOSS):
-      bounds = 'its runs are too short to tell' if high is None else (
-          f'over the last tenth of the steps the loss falls by {e.mean:.1%}, '
-          f'by up to {high:.1%} within the interval')
-      flags.append(f'{row} is not shown to have converged: {bounds}')
+      why = 'its runs are too short to tell' if high is None else (
+          f'its loss may still fall by {high:.1%} over the last tenth of the '
+          f'steps (mean {e.mean:.1%})')
+      flags.append(f'{row} is not shown to have converged: {why}')
   return flags
 
 
