@@ -1,4 +1,4 @@
-"""The tour runs as a new user runs it, and is stored without its outputs."""
+"""Notebooks run as a new user runs them, and are stored without outputs."""
 
 import json
 import pathlib
@@ -9,9 +9,9 @@ import nbclient
 import nbformat
 import pytest
 
-TOUR = pathlib.Path(__file__).parents[1] / 'notebooks' / 'tour.ipynb'
+NOTEBOOKS = pathlib.Path(__file__).parents[1] / 'notebooks'
 
-RESULTS = '''
+TOUR = '''
 import json
 
 print(json.dumps(dict(
@@ -24,20 +24,29 @@ print(json.dumps(dict(
 '''
 
 
-def read():
-  return nbformat.read(TOUR, as_version=4)
+# What the variables of `published` hold.
+PUBLISHED = '''
+import json
+
+print(json.dumps(dict(
+    similar={name: x.tolist() for name, x in similar.items()},
+    answers=answers, slots=slots, sizes=sizes,
+    report=len(loaded.report), leaves=len(jax.tree.leaves(loaded.params)))))
+'''
+
+
+def read(name):
+  return nbformat.read(NOTEBOOKS / f'{name}.ipynb', as_version=4)
 
 
 def code_cells(notebook):
   return [cell for cell in notebook.cells if cell.cell_type == 'code']
 
 
-@pytest.fixture(scope='module')
-def executed(tmp_path_factory):
-  """The executed tour and what its variables hold."""
-  folder = tmp_path_factory.mktemp('tour')
-  notebook = read()
-  notebook.cells.append(nbformat.v4.new_code_cell(RESULTS))
+def execute(name, last, folder):
+  """Runs a notebook and a last cell; returns (notebook, what that printed)."""
+  notebook = read(name)
+  notebook.cells.append(nbformat.v4.new_code_cell(last))
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('TMPDIR', str(folder))
     patch.setenv('IPYTHONDIR', str(folder / 'ipython'))
@@ -49,8 +58,21 @@ def executed(tmp_path_factory):
   return notebook, json.loads(''.join(output.text for output in said))
 
 
-def test_is_stored_without_outputs():
-  notebook = read()
+@pytest.fixture(scope='module')
+def executed(tmp_path_factory):
+  """The executed tour and what its variables hold."""
+  return execute('tour', TOUR, tmp_path_factory.mktemp('tour'))
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+  """The notebook of published models, likewise."""
+  return execute('published', PUBLISHED, tmp_path_factory.mktemp('published'))
+
+
+@pytest.mark.parametrize('name', ['tour', 'published'])
+def test_is_stored_without_outputs(name):
+  notebook = read(name)
   nbformat.validate(notebook)
   for cell in code_cells(notebook):
     assert cell.outputs == [], cell.source
@@ -64,6 +86,21 @@ def test_shows_no_warning_and_every_picture(executed):
   assert not loud
   pictures = [o for o in outputs if 'image/png' in o.get('data', {})]
   assert len(pictures) == 4
+
+
+def test_published_models_embed_and_answer(published):
+  notebook, found = published
+  assert not [o for cell in code_cells(notebook) for o in cell.outputs
+              if o.get('name') == 'stderr']
+  assert found['similar'].keys() == {'hf_clip', 'hf_siglip', 'eva_clip'}
+  for a, b in found['similar'].values():
+    assert a != b and abs(a) <= 1 and abs(b) <= 1
+  # 4 x 4 patches; a row of a Fuyu ends in an id; 32 queries; 2 x 2 cells.
+  assert found['slots'] == dict(
+      hf_llava=16, hf_fuyu=48, eve=55, eve_v2=25, emu=32, emu2=4)
+  assert all(len(ids) == 8 for ids in found['answers'].values())
+  assert found['sizes']['emu2'] == 36_906_513_152
+  assert found['report'] == found['leaves']
 
 
 def test_a_model_alone_imports_no_reader_of_data(executed):
