@@ -9,13 +9,13 @@ torch 2.13.0's DistributedDataParallel takes it (fp32, CPU, gloo).
 import dataclasses
 import math
 import pathlib
-import types
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import ml_collections
 import numpy as np
 import optax
 import pytest
@@ -266,8 +266,8 @@ def test_gradient_cache_equals_the_whole_batch(params):
 
 def test_the_train_step_takes_microbatches_through_the_cache(params):
   def after(accumulate):
-    config = types.SimpleNamespace(
-        seed=0, optimizer=types.SimpleNamespace(accumulate=accumulate))
+    config = ml_collections.ConfigDict(dict(
+        seed=0, optimizer=dict(accumulate=accumulate)))
     optimizer = optax.sgd(0.5), lambda step: 0.5
     step = step_lib.make_train_step(
         contrastive.Contrastive(MODEL), optimizer, config)
@@ -386,8 +386,8 @@ def test_the_train_step_draws_the_same_patches_in_microbatches():
   optimizer = optax.sgd(0.1), lambda step: 0.1
 
   def loss(accumulate, seed=0):
-    config = types.SimpleNamespace(
-        seed=seed, optimizer=types.SimpleNamespace(accumulate=accumulate))
+    config = ml_collections.ConfigDict(dict(
+        seed=seed, optimizer=dict(accumulate=accumulate)))
     step = step_lib.make_train_step(DROPPING, optimizer, config)
     state = step_lib.init_state(jax.tree.map(jnp.array, params), optimizer)
     return float(step(state, {}, {'a': square_batch()})[1]['loss'])

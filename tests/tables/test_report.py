@@ -22,7 +22,10 @@ ENTRY = ml_collections.ConfigDict(dict(corpus='c', split='compositions'))
 CONFIG = ml_collections.ConfigDict(dict(evaluators=dict(vqa=ENTRY)))
 
 
-def said(seeds=8, since=frozen.Departures(), **fields):
+AS_FROZEN = frozen.Departures()
+
+
+def said(seeds=8, since=AS_FROZEN, **fields):
   rows = ('clip', 'patches')
   table = claims.parse(dict(
       title='Encoders', metrics={

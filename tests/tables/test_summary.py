@@ -40,7 +40,10 @@ PATCHES = outcomes('patches', 0.4)
 CLIP = [outcome('clip', s, 0.5 + 0.004 * s) for s in EIGHT]
 
 
-def say(found, table=None, since=frozen.Departures(), scale='mini'):
+AS_FROZEN = frozen.Departures()
+
+
+def say(found, table=None, since=AS_FROZEN, scale='mini'):
   table = table or declared()
   return summary.summarise('e', table, ['clip', 'patches'], found, since,
                            scale)
