@@ -1,8 +1,9 @@
 """What a step takes on a slice: stored plans, shapes, one real compilation.
 
 The plans below tests/golden/plans were compiled at true size, each by the
-command that its first line is found with: python -m mmgen.plan
---config=<row> --scale=paper --json > tests/golden/plans/<name>.json.
+command python -m mmgen.plan --config=<row> --scale=paper --json >
+tests/golden/plans/<name>.json (EVE's with --slice=v5p:4x4x4). A compilation
+takes 3 to 12 minutes, which is why it is not made here.
 """
 
 import json
@@ -23,6 +24,9 @@ from mmgen.training import sharding
 
 PLANS = sorted(
     (pathlib.Path(__file__).parent / 'golden' / 'plans').glob('*.json'))
+# How far arguments may be from the sum of their shapes, in place of 2 %:
+# pictures are a large part here, and a TPU pads them to whole tiles.
+APART = dict(eva_clip_18b=0.03, eve_prealign=0.04)
 SMALL = ['model.decoder.vocab=1280', 'mesh.data=1', 'mesh.fsdp=-1']
 
 
@@ -64,11 +68,12 @@ def test_stored_plans_are_of_the_rows_as_they_are(path):
   _, _, state, frozen, batch = plan.shapes(config, mesh)
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(state['params']))
   assert stored['trained_parameters'] == count
+  apart = APART.get(path.stem, 0.02)
   if stored['step'] == 'train':
     local = local_bytes((state, frozen, batch))
-    assert local == pytest.approx(stored['argument_bytes'], rel=0.02)
+    assert local == pytest.approx(stored['argument_bytes'], rel=apart)
   assert stored['argument_bytes'] == pytest.approx(
-      stored['formula_bytes'], rel=0.02)
+      stored['formula_bytes'], rel=apart)
   assert stored['peak_bytes'] < stored['memory_bytes']
 
 

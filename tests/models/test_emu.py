@@ -395,7 +395,7 @@ def test_a_former_has_no_cells():
     ('emu_oblong', 'visual_head', dict(target='pixels'), "allowed: vision, c"),
     ('emu_oblong', 'visual_head', dict(name='conv'), "allowed: linear"),
     ('emu_oblong', 'connector', dict(buckets=1), 'buckets is 1; allowed: from'),
-    ('emu_oblong', 'connector', dict(bias=False), r"fields \['bias'\], miss"),
+    ('emu_oblong', 'connector', dict(bias=False), "has no field 'bias'"),
     ('emu2_four', 'connector', dict(name='mlp'), "only 'linear' can do"),
     ('emu2_four', 'vision', dict(pool=4), r'pool is 4; .* patches, \(6, 6\)'),
     ('emu2_four', 'vision', dict(tap=None), 'final_norm is False; -1 is'),

@@ -318,9 +318,8 @@ def _start(config, folder, devices=1, tokenizer=WORDS):
   mesh = _devices(devices)
   fresh = sharding.init_sharded(
       mesh, _birth(config, tokenizer.vocab_size), jax.random.key(1))
-  checkpointer = checkpoint.Checkpointer(folder)
-  state, _, _ = train_lib._start(
-      config, checkpointer, folder, mesh, tokenizer, {'params': fresh}, {},
+  checkpointer, state, _, _ = train_lib._start(
+      config, folder, mesh, tokenizer, {'params': fresh}, {},
       train_lib.parent_folders(config, '', ''))
   checkpointer.close()
   report = json.loads((folder / 'init_report.json').read_text())
