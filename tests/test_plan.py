@@ -24,9 +24,10 @@ from mmgen.training import sharding
 
 PLANS = sorted(
     (pathlib.Path(__file__).parent / 'golden' / 'plans').glob('*.json'))
-# How far arguments may be from the sum of their shapes, in place of 2 %:
-# pictures are a large part here, and a TPU pads them to whole tiles.
-APART = dict(eva_clip_18b=0.03, eve_prealign=0.04)
+# These miss the bound of 2 %, by 2.5 and 3.2 %; why is not known in full.
+MISSED = pytest.mark.xfail(strict=True, reason='more than 2 % apart')
+BOUNDED = [pytest.param(path, id=path.stem, marks=(MISSED,) * (
+    path.stem in ('eva_clip_18b', 'eve_prealign'))) for path in PLANS]
 SMALL = ['model.decoder.vocab=1280', 'mesh.data=1', 'mesh.fsdp=-1']
 
 
@@ -59,22 +60,30 @@ def local_bytes(tree):
              for x in jax.tree.leaves(tree))
 
 
+def stored_shapes(stored):
+  config = config_lib.load(stored['config'], stored['scale'])
+  return plan.shapes(config, AbstractMesh(
+      tuple(stored['mesh'].values()), sharding.AXES))
+
+
 @pytest.mark.parametrize('path', PLANS, ids=lambda path: path.stem)
 def test_stored_plans_are_of_the_rows_as_they_are(path):
-  """What is stored follows from shapes, and fits the chip."""
+  """What is stored is of this model, and fits the chip."""
   stored = json.loads(path.read_text())
-  config = config_lib.load(stored['config'], stored['scale'])
-  mesh = AbstractMesh(tuple(stored['mesh'].values()), sharding.AXES)
-  _, _, state, frozen, batch = plan.shapes(config, mesh)
+  _, _, state, _, _ = stored_shapes(stored)
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(state['params']))
   assert stored['trained_parameters'] == count
-  apart = APART.get(path.stem, 0.02)
-  if stored['step'] == 'train':
-    local = local_bytes((state, frozen, batch))
-    assert local == pytest.approx(stored['argument_bytes'], rel=apart)
-  assert stored['argument_bytes'] == pytest.approx(
-      stored['formula_bytes'], rel=apart)
   assert stored['peak_bytes'] < stored['memory_bytes']
+
+
+@pytest.mark.parametrize('path', BOUNDED)
+def test_arguments_are_the_sum_of_their_shapes(path):
+  stored = json.loads(path.read_text())
+  if stored['step'] == 'train':
+    local = local_bytes(stored_shapes(stored)[2:])
+    assert local == pytest.approx(stored['argument_bytes'], rel=0.02)
+  assert stored['argument_bytes'] == pytest.approx(
+      stored['formula_bytes'], rel=0.02)
 
 
 def test_a_small_step_compiles_for_a_slice(capsys):
