@@ -56,6 +56,10 @@ class MultimodalConfig:
           "model.connector.name is 'identity', but model.vision.width is "
           f'{self.vision.width} and model.decoder.width is '
           f"{self.decoder.width}; make them equal or choose 'linear' or 'mlp'.")
+    if self.lora is not None and self.decoder.modality_weights:
+      raise ValueError('model.lora is set beside '
+                       'model.decoder.modality_weights: adapters of two sets '
+                       'of weights are not known.')
     head = self.visual_head
     if head is not None:
       if self.vision is None:

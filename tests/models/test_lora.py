@@ -211,3 +211,10 @@ def test_flops_by_hand():
   sizes = 36 + 36 + 2 * (36 + 12) + 36 + 36
   added = forward(tiny_lora.options('heads')) - forward()
   assert added == 7 * 2 * 3 * 16 * sizes
+
+
+def test_two_sets_of_weights_have_no_adapters():
+  both = tiny_lora.build(dict(rank=2, alpha=4)).config
+  with pytest.raises(ValueError, match='adapters of two sets'):
+    dataclasses.replace(both, decoder=dataclasses.replace(
+        both.decoder, modality_weights=('mlp',)))
