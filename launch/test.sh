@@ -9,4 +9,5 @@ if [ ! -f ".venv/plan/$LIBTPU" ]; then
   touch ".venv/plan/$LIBTPU"
 fi
 ruff check .
-python -m pytest "$@"
+# One process per core; a file stays in one, since its tests share fixtures.
+python -m pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile "$@"
