@@ -87,6 +87,15 @@ def _positions(positions, length):
   return jnp.arange(length)[None] if positions is None else positions
 
 
+def heads(x_BTD, H):
+  """[B, T, N * H] -> [B, T, N, H].
+
+  Matrices to and from heads have both axes in one, [D, N * H]: with heads of 64
+  as an axis of their own, a TPU would store them padded to 128.
+  """
+  return x_BTD.reshape(*x_BTD.shape[:2], -1, H)
+
+
 def rotary(x_BTNH, positions_BT, theta):
   """Rotates pairs (i, i + H/2) by position * theta^(-2i/H), angles in fp32.
 

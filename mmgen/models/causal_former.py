@@ -94,17 +94,18 @@ class Attention(nn.Module):
   def __call__(self, x_BTD, keys_BSD, mask):
     c = self.config
     std = transformer.INITS[c.init](c)
-    project = lambda name, x, std: nn.DenseGeneral(
-        (c.heads, c.H), use_bias=False, dtype=c.dtype, name=name,
-        kernel_init=nn.initializers.normal(std))(x)
+    project = lambda name, x, std: attention.heads(nn.Dense(
+        c.heads * c.H, use_bias=False, dtype=c.dtype, name=name,
+        kernel_init=nn.initializers.normal(std))(x), c.H)
     # The small queries make up for the scale that is missing.
     mixed_BTNH = attention.attend(
         project('query', x_BTD, std['attention'] * c.H ** -0.5),
         project('key', keys_BSD, std['attention']),
         project('value', keys_BSD, std['attention']), mask, scale=1.0)
-    return nn.DenseGeneral(
-        c.width, axis=(-2, -1), use_bias=False, dtype=c.dtype, name='out',
-        kernel_init=nn.initializers.normal(std['attention_out']))(mixed_BTNH)
+    return nn.Dense(
+        c.width, use_bias=False, dtype=c.dtype, name='out',
+        kernel_init=nn.initializers.normal(std['attention_out']))(
+            mixed_BTNH.reshape(*x_BTD.shape[:2], -1))
 
 
 class Block(nn.Module):

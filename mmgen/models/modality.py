@@ -67,9 +67,9 @@ def apply(function, x_BT, first, second, routes):
 
   Args:
     function: (linear, x) -> results; x and results [slots, ...]. The function
-      linear(name, x) is a linear map over all axes but the first.
+      linear(name, x) is a linear map.
     x_BT: [B, T, ...].
-    first, second: {name: {'kernel': [..., ...], 'bias' if any}}, for words and
+    first, second: {name: {'kernel': [D, F], 'bias' if any}}, for words and
       for pictures, in the dtype of `x_BT`.
     routes: of `route`.
 
@@ -95,18 +95,13 @@ def choose(first, second, visual_BT):
   return jnp.where(visual, second[None, None], first[None, None])
 
 
-def _linear(x, first, second, words):
+def _linear(x_ND, first, second, words):
   """The first `words` rows by one set, the others by the other."""
-  kernel = first['kernel']
-  shape = kernel.shape[x.ndim - 1:]
-  x_ND = x.reshape(len(x), -1)
-  flat = lambda kernel: kernel.reshape(x_ND.shape[1], -1)
-  y = pair_dot(x_ND, flat(kernel), flat(second['kernel']), words)
+  y_NF = pair_dot(x_ND, first['kernel'], second['kernel'], words)
   if 'bias' in first:
-    seen_N1 = (jnp.arange(len(x)) >= words)[:, None]
-    y += jnp.where(seen_N1, second['bias'].reshape(1, -1),
-                   first['bias'].reshape(1, -1))
-  return y.reshape(len(x), *shape)
+    seen_N1 = (jnp.arange(len(x_ND)) >= words)[:, None]
+    y_NF += jnp.where(seen_N1, second['bias'][None], first['bias'][None])
+  return y_NF
 
 
 @jax.custom_vjp

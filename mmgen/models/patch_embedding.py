@@ -257,17 +257,18 @@ class CrossAttention(nn.Module):
   def __call__(self, query_BTD, key_BSD, mask):
     c = self.config
     norm = lambda name: transformer.LayerNorm(c.norm_eps, c.dtype, name=name)
-    project = lambda name: nn.DenseGeneral(
-        (c.heads, c.width // c.heads), use_bias=False, dtype=c.dtype,
-        kernel_init=torch_kernel, name=name)
+    project = lambda name, x: attention.heads(nn.Dense(
+        c.width, use_bias=False, dtype=c.dtype, kernel_init=torch_kernel,
+        name=name)(x), c.width // c.heads)
     key_BSD = norm('key_value_norm')(key_BSD)
     mixed = attention.attend(
-        project('query')(norm('query_norm')(query_BTD)),
-        project('key')(key_BSD), project('value')(key_BSD), mask,
+        project('query', norm('query_norm')(query_BTD)),
+        project('key', key_BSD), project('value', key_BSD), mask,
         scale=c.width ** -0.5)
-    return query_BTD + nn.DenseGeneral(
-        c.width, axis=(-2, -1), dtype=c.dtype, kernel_init=torch_kernel,
-        bias_init=torch_bias(c.width), name='out')(mixed)
+    return query_BTD + nn.Dense(
+        c.width, dtype=c.dtype, kernel_init=torch_kernel,
+        bias_init=torch_bias(c.width), name='out')(
+            mixed.reshape(query_BTD.shape))
 
 
 # What PyTorch gives linear maps and convolutions: U(-a, a), a = 1/sqrt(inputs).

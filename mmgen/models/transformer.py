@@ -235,18 +235,19 @@ class SelfAttention(nn.Module):
     c = self.config
     std = INITS[c.init](c)
     project = functools.partial(
-        nn.DenseGeneral, dtype=c.dtype, use_bias=bool(c.qkv_bias),
+        nn.Dense, dtype=c.dtype, use_bias=bool(c.qkv_bias),
         kernel_init=nn.initializers.normal(std['attention']))
     if pair is None:
-      q = project((c.heads, c.H), name='query')(x_BTD)
-      k = project((c.K, c.H), use_bias=c.qkv_bias is True, name='key')(x_BTD)
-      v = project((c.K, c.H), name='value')(x_BTD)
+      q = project(c.heads * c.H, name='query')(x_BTD)
+      k = project(c.K * c.H, use_bias=c.qkv_bias is True, name='key')(x_BTD)
+      v = project(c.K * c.H, name='value')(x_BTD)
       q, k, v = (lora.add(y, x_BTD, adapters, f'attention/{name}')
                  for y, name in ((q, 'query'), (k, 'key'), (v, 'value')))
     else:
       names = 'query', 'key', 'value'
       q, k, v = _dispatch(self, pair, names, lambda linear, x: tuple(
           linear(name, x) for name in names), x_BTD)
+    q, k, v = (attention.heads(y, c.H) for y in (q, k, v))
     if c.query_key_norm:
       norm = functools.partial(NORMS[c.norm], c.norm_eps, c.dtype)
       q, k = norm(name='query_norm')(q), norm(name='key_norm')(k)
@@ -261,14 +262,14 @@ class SelfAttention(nn.Module):
       v = cache['value'].at[rows, slots].set(v.astype(cache['value'].dtype))
       cache = {'key': k, 'value': v}
     out = attention.attend(q, k, v, mask, backend=c.backend)
+    out = out.reshape(*out.shape[:2], -1)
     if c.inner_attention_norm:
-      norm = NORMS[c.norm](c.norm_eps, c.dtype, name='norm')
-      out = norm(out.reshape(*out.shape[:2], -1)).reshape(out.shape)
+      out = NORMS[c.norm](c.norm_eps, c.dtype, name='norm')(out)
     if pair is not None:
       return _dispatch(self, pair, ('out',), lambda linear, x: linear(
           'out', x), out), cache
-    change = nn.DenseGeneral(
-        c.width, axis=(-2, -1), dtype=c.dtype, use_bias=c.out_bias,
+    change = nn.Dense(
+        c.width, dtype=c.dtype, use_bias=c.out_bias,
         kernel_init=nn.initializers.normal(std['attention_out']),
         name='out')(out)
     return lora.add(change, out, adapters, 'attention/out'), cache
@@ -462,7 +463,7 @@ def _init_blocks(rng, config):
     # Outputs of block i = 1, 2, ... over sqrt(2 i) (BEiT's and EVA's code).
     root_L = jnp.sqrt(2 * jnp.arange(1.0, config.layers + 1))
     for part in (blocks['attention']['out'], blocks['mlp']['down']):
-      part['kernel'] /= root_L.reshape(-1, *(1,) * (part['kernel'].ndim - 1))
+      part['kernel'] /= root_L[:, None, None]
   if config.modality_weights:
     blocks['visual'] = modality.copied(blocks, config.modality_weights)
   return blocks

@@ -215,13 +215,13 @@ class MapPooling(nn.Module):
         'probe', nn.initializers.normal(c.width ** -0.5), (c.width,))
     probe_B1D = jnp.broadcast_to(
         probe_D.astype(c.dtype), (x_BPD.shape[0], 1, c.width))
-    project = lambda name, x: nn.DenseGeneral(
-        (c.heads, c.H), dtype=c.dtype, name=name)(x)
+    project = lambda name, x: attention.heads(nn.Dense(
+        c.heads * c.H, dtype=c.dtype, name=name)(x), c.H)
     x_B1NH = attention.attend(
         project('query', probe_B1D), project('key', x_BPD),
         project('value', x_BPD), attention.Mask(), backend=c.backend)
-    x_B1D = nn.DenseGeneral(
-        c.width, axis=(-2, -1), dtype=c.dtype, name='out')(x_B1NH)
+    x_B1D = nn.Dense(c.width, dtype=c.dtype, name='out')(
+        x_B1NH.reshape(len(x_B1NH), 1, -1))
     norm = transformer.NORMS[c.norm](c.norm_eps, c.dtype, name='norm')
     x_B1D = x_B1D + transformer.Mlp(c, name='mlp')(norm(x_B1D))
     return x_B1D[:, 0]

@@ -30,14 +30,10 @@ REPLICATED_SIZE = 2**20
 # (end of a parameter's name, mesh axes of its last axes). The first match with
 # so many axes counts; what has none is replicated if small, an error if large.
 RULES = (
-    # [D, N, H] and its inverse
-    (r'(query|key|value|q|k|v)/kernel', ('fsdp', 'tensor', None)),
-    (r'(query|key|value|q|k|v)/bias', ('tensor', None)),
-    (r'(out|o)/kernel', ('tensor', None, 'fsdp')),
-    # [D, F] and its inverse
-    (r'(gate|up|fc1)/kernel', ('fsdp', 'tensor')),
-    (r'(gate|up|fc1)/bias', ('tensor',)),
-    (r'(down|fc2)/kernel', ('tensor', 'fsdp')),
+    # [D, N * H] or [D, F], and their inverses
+    (r'(query|key|value|gate|up)/kernel', ('fsdp', 'tensor')),
+    (r'(query|key|value|gate|up)/bias', ('tensor',)),
+    (r'(out|down)/kernel', ('tensor', 'fsdp')),
     # [V, D] and its inverse
     (r'embedding', ('tensor', 'fsdp')),
     (r'(head|unembed)/kernel', ('fsdp', 'tensor')),

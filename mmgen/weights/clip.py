@@ -121,10 +121,6 @@ def _image(config, beside, fit):
 # Rules
 
 
-def _heads_of(tower):
-  return tower.heads, tower.width // tower.heads
-
-
 def _openai_rules(config, text):
   return [
       *layout.patches('vision/patch_embedding', 'visual.conv1',
@@ -132,32 +128,32 @@ def _openai_rules(config, text):
       layout.same('vision/class_embedding', 'visual.class_embedding'),
       layout.same('vision/position_embedding', 'visual.positional_embedding'),
       *layout.norm('vision/pre_norm', 'visual.ln_pre'),
-      *_openai_blocks('vision', 'visual.', config.vision),
+      *_openai_blocks('vision', 'visual.'),
       *layout.norm('vision/stack/final_norm', 'visual.ln_post'),
       layout.same('vision_projection/kernel', 'visual.proj'),
-      *openai_text_rules(config.text, text),
+      *openai_text_rules(text),
       *_scalars(config)]
 
 
-def openai_text_rules(config, prefix):
+def openai_text_rules(prefix):
   """Rules of a text tower and its projection; their names begin so."""
   return [
       layout.same('text/token_embedding/embedding',
                   f'{prefix}token_embedding.weight'),
       layout.same('text/position_embedding', f'{prefix}positional_embedding'),
-      *_openai_blocks('text', prefix, config),
+      *_openai_blocks('text', prefix),
       *layout.norm('text/stack/final_norm', f'{prefix}ln_final'),
       layout.same('text_projection/kernel', f'{prefix}text_projection')]
 
 
-def _openai_blocks(ours, theirs, tower):
+def _openai_blocks(ours, theirs):
   ours = f'{ours}/stack/blocks/'
   theirs += 'transformer.resblocks.{layer}.'
   return [
       *layout.fused([f'{ours}attention/{name}' for name in _QKV],
                     f'{theirs}attn.in_proj_weight',
-                    f'{theirs}attn.in_proj_bias', *_heads_of(tower)),
-      *layout.modules(_OPENAI_BLOCK, ours, theirs, _heads_of(tower))]
+                    f'{theirs}attn.in_proj_bias'),
+      *layout.modules(_OPENAI_BLOCK, ours, theirs)]
 
 
 def _hf_rules(config, siglip):
@@ -170,21 +166,20 @@ def _hf_rules(config, siglip):
       *layout.norm('vision/stack/final_norm', 'vision_model.post_layernorm'),
       *layout.norm('text/stack/final_norm', 'text_model.final_layer_norm'),
       *_scalars(config, lead=int(siglip))]
-  for name, module in ('vision', config.vision), ('text', config.text):
+  for name in ('vision', 'text'):
     rules += [
         layout.same(f'{name}/position_embedding',
                     f'{name}_model.embeddings.position_embedding.weight'),
         *layout.modules(_HF_BLOCK, f'{name}/stack/blocks/',
-                        f'{name}_model.encoder.layers.{{layer}}.',
-                        _heads_of(module))]
+                        f'{name}_model.encoder.layers.{{layer}}.')]
   if siglip:
-    head, heads = 'vision_model.head.', _heads_of(config.vision)
+    head = 'vision_model.head.'
     return rules + [
         layout.same('vision/head/probe', f'{head}probe', lead=2),
         *layout.fused([f'vision/head/{name}' for name in _QKV],
                       f'{head}attention.in_proj_weight',
-                      f'{head}attention.in_proj_bias', *heads),
-        *layout.modules(_HF_HEAD, 'vision/head/', head, heads),
+                      f'{head}attention.in_proj_bias'),
+        *layout.modules(_HF_HEAD, 'vision/head/', head),
         *layout.linear('text_projection', 'text_model.head')]
   return rules + [
       layout.same('vision/class_embedding', f'{stem}class_embedding'),
@@ -201,33 +196,32 @@ def timm_siglip_rules(c, prefix=''):
     prefix: of their names.
   """
   blocks, head = f'{prefix}blocks.{{layer}}.', f'{prefix}attn_pool.'
-  ours, heads = 'vision/stack/blocks/', _heads_of(c)
+  ours = 'vision/stack/blocks/'
   return [
       *layout.patches('vision/patch_embedding', f'{prefix}patch_embed.proj',
                       c.patch),
       layout.same('vision/position_embedding', f'{prefix}pos_embed', lead=1),
       *layout.fused([f'{ours}attention/{name}' for name in _QKV],
-                    f'{blocks}attn.qkv.weight', f'{blocks}attn.qkv.bias',
-                    *heads),
-      *layout.modules(_TIMM_BLOCK, ours, blocks, heads),
+                    f'{blocks}attn.qkv.weight', f'{blocks}attn.qkv.bias'),
+      *layout.modules(_TIMM_BLOCK, ours, blocks),
       *layout.norm('vision/stack/final_norm', f'{prefix}norm'),
       layout.same('vision/head/probe', f'{head}latent', lead=2),
       *layout.fused([f'vision/head/{name}' for name in _QKV[1:]],
-                    f'{head}kv.weight', f'{head}kv.bias', *heads),
-      *layout.modules(_TIMM_HEAD, 'vision/head/', head, heads)]
+                    f'{head}kv.weight', f'{head}kv.bias'),
+      *layout.modules(_TIMM_HEAD, 'vision/head/', head)]
 
 
 def _open_clip_siglip_rules(config):
   return [
       *timm_siglip_rules(config.vision, 'visual.trunk.'),
-      *(rule for rule in openai_text_rules(config.text, 'text.')
+      *(rule for rule in openai_text_rules('text.')
         if rule.ours[0] != 'text_projection/kernel'),
       *layout.linear('text_projection', 'text.text_projection'),
       *_scalars(config)]
 
 
 def _big_vision_rules(config, scanned):
-  """Flax, as ours: leaves differ in name and in axes of length 1."""
+  """Flax, as ours; leaves differ in name, in axes of length 1 and of heads."""
   patch, block = config.vision.patch, 'encoderblock'
   block += '' if scanned else '_{layer}'
   pairs = {'vision/position_embedding': ('img/pos_embedding', 1),
@@ -236,12 +230,17 @@ def _big_vision_rules(config, scanned):
            'vision/patch_embedding/bias': ('img/embedding/bias', 0),
            'vision/head/probe': ('img/MAPHead_0/probe', 2),
            'logit_scale': ('t', 1), 'logit_bias': ('b', 1)}
-  modules = {'text_projection': 'txt/head'}
+  modules, attention = {'text_projection': 'txt/head'}, []
   for ours, theirs in _BIG_VISION_HEAD.items():
     modules[f'vision/head/{ours}'] = f'img/MAPHead_0/{theirs}'
+  attention += _flax_attention('vision/head', 'params/img/MAPHead_0',
+                               config.vision)
   for tower, encoder in (('vision', 'img/Transformer'),
                          ('text', 'txt/Encoder_0')):
     modules[f'{tower}/stack/final_norm'] = f'{encoder}/encoder_norm'
+    attention += _flax_attention(
+        f'{tower}/stack/blocks/attention', f'params/{encoder}/{block}',
+        getattr(config, tower))
     for ours, theirs in _BIG_VISION_BLOCK.items():
       modules[f'{tower}/stack/blocks/{ours}'] = f'{encoder}/{block}/{theirs}'
   for ours, theirs in modules.items():
@@ -252,8 +251,26 @@ def _big_vision_rules(config, scanned):
           ('vision/patch_embedding/kernel',), ('params/img/embedding/kernel',),
           lambda x: (x.reshape(-1, x.shape[-1]),),
           lambda x: (x.reshape(patch, patch, -1, x.shape[-1]),)),
+      *attention,
       *(layout.same(ours, f'params/{theirs}', lead)
         for ours, (theirs, lead) in pairs.items())]
+
+
+def _flax_attention(ours, theirs, tower):
+  """Projections whose heads are an axis there: [..., N, H, D] and [D, N, H]."""
+  N, H = tower.heads, tower.width // tower.heads
+  theirs += '/MultiHeadDotProductAttention_0'
+  rules = [layout.same(f'{ours}/out/bias', f'{theirs}/out/bias'), layout.Rule(
+      (f'{ours}/out/kernel',), (f'{theirs}/out/kernel',),
+      lambda x: (x.reshape(*x.shape[:-3], N * H, x.shape[-1]),),
+      lambda x: (x.reshape(*x.shape[:-2], N, H, x.shape[-1]),))]
+  for name in _QKV:
+    rules += [layout.Rule(
+        (f'{ours}/{name}/{leaf}',), (f'{theirs}/{name}/{leaf}',),
+        lambda x: (x.reshape(*x.shape[:-2], N * H),),
+        lambda x: (x.reshape(*x.shape[:-1], N, H),))
+        for leaf in ('kernel', 'bias')]
+  return rules
 
 
 def _scalars(config, lead=0):
@@ -285,13 +302,10 @@ _TIMM_HEAD = {'query': 'q', 'out': 'proj', 'norm': 'norm', 'mlp/up': 'mlp.fc1',
 _TIMM_TANH = re.compile(
     'vit_(base_patch32_siglip_256|large_patch16_siglip_512|'
     r'(so400m|giantopt)_patch16_siglip_\d+)(\..*)?')
-_FLAX_ATTENTION = {name: f'MultiHeadDotProductAttention_0/{name}'
-                   for name in (*_QKV, 'out')}
 _FLAX_MLP = {'mlp/up': 'MlpBlock_0/Dense_0', 'mlp/down': 'MlpBlock_0/Dense_1'}
 _BIG_VISION_BLOCK = {
-    'attention_norm': 'LayerNorm_0', 'mlp_norm': 'LayerNorm_1', **_FLAX_MLP,
-    **{f'attention/{ours}': name for ours, name in _FLAX_ATTENTION.items()}}
-_BIG_VISION_HEAD = {'norm': 'LayerNorm_0', **_FLAX_ATTENTION, **_FLAX_MLP}
+    'attention_norm': 'LayerNorm_0', 'mlp_norm': 'LayerNorm_1', **_FLAX_MLP}
+_BIG_VISION_HEAD = {'norm': 'LayerNorm_0', **_FLAX_MLP}
 
 _HF_FIELDS = {
     'num_hidden_layers': 'layers', 'hidden_size': 'width',

@@ -58,17 +58,12 @@ WITHIN_NEW = Names('model.language_model.', 'lm_head')
 
 def rules(config, names):
   """Rules of LLaMA and Qwen2; config is a `DecoderConfig`."""
-  stack = config.stack
   ours, theirs = 'decoder/stack/blocks/', names.block
   made = ends(names, f'{names.model}norm', bias=False)
-  for part, count in (('query', stack.heads), ('key', stack.K),
-                      ('value', stack.K)):
-    made += layout.heads_in(
-        f'{ours}attention/{part}', f'{theirs}self_attn.{part[0]}_proj', count,
-        stack.H, bias=config.qkv_bias)
-  made += layout.heads_out(
-      f'{ours}attention/out', f'{theirs}self_attn.o_proj', stack.heads, stack.H,
-      bias=config.out_bias)
+  for part in ('query', 'key', 'value', 'out'):
+    made += layout.linear(
+        f'{ours}attention/{part}', f'{theirs}self_attn.{part[0]}_proj',
+        bias=config.out_bias if part == 'out' else config.qkv_bias)
   made += layout.modules({part: part.replace('/', '.') + '_proj' for part in (
       'mlp/gate', 'mlp/up', 'mlp/down')}, ours, theirs, bias=config.mlp_bias)
   return made + layout.modules(NORMS, ours, theirs, bias=False)

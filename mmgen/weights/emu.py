@@ -86,12 +86,11 @@ def _tower_rules(config, prefix):
 
 
 def _former_rules(config):
-  heads = config.heads, config.head_dim
   return [
       *layout.norm('connector/norm', 'ln_visual'),
       layout.same('connector/queries', 'cformer.causal_tokens', lead=1),
       layout.same('connector/relative_bias', _BIAS),
-      *layout.modules(_FORMER, 'connector/blocks/', _BLOCK, heads, bias=False),
+      *layout.modules(_FORMER, 'connector/blocks/', _BLOCK, bias=False),
       *layout.norm('connector/final_norm', 'cformer.cformer.final_layer_norm',
                    bias=False),
       *layout.linear('connector/out', 'cformer.projection')]

@@ -137,7 +137,7 @@ def vision_rules(c, names):
     names: of the layout.
   """
   ours = 'vision/stack/blocks/'
-  heads, bias = (c.heads, c.width // c.heads), c.norm == 'layer'
+  bias = c.norm == 'layer'
   modules = names.block | (names.swiglu if c.mlp == 'swiglu' else names.gelu)
   absent = ['attention/norm'] * (not c.inner_attention_norm)
   absent += ['mlp/norm'] * (not c.inner_mlp_norm)
@@ -153,21 +153,22 @@ def vision_rules(c, names):
         for leaf, (their, lead) in names.stem.items()),
       *layout.patches('vision/patch_embedding', names.patches, c.patch),
       *layout.modules(norms, ours, names.blocks, bias=bias),
-      *layout.modules(others, ours, names.blocks, heads),
+      *layout.modules(others, ours, names.blocks),
       *layout.norm('vision/stack/final_norm', names.final_norm, bias)]
   if fused:
     rules += layout.fused([f'{ours}attention/{part}' for part in _QKV],
-                          f'{names.blocks}{names.fused}.weight', None, *heads)
+                          f'{names.blocks}{names.fused}.weight')
   else:
     rules += layout.modules(
         {f'attention/{part}': names.block[f'attention/{part}']
-         for part in _QKV}, ours, names.blocks, heads, bias=False)
+         for part in _QKV}, ours, names.blocks, bias=False)
   if names.swiglu_is_packed(c):
-    rules += layout.stacked_linear([f'{ours}mlp/gate', f'{ours}mlp/up'],
-                                   names.blocks + names.packed)
+    packed = names.blocks + names.packed
+    rules += layout.fused([f'{ours}mlp/gate', f'{ours}mlp/up'],
+                          f'{packed}.weight', f'{packed}.bias')
   if c.qkv_bias:
-    rules += [_head_bias(f'{ours}attention/{part}/bias', names.blocks
-                         + names.bias[not fused].format(part[0]), *heads)
+    rules += [layout.same(f'{ours}attention/{part}/bias', names.blocks
+                          + names.bias[not fused].format(part[0]))
               for part in ('query', 'value')]
   if c.layer_scale is not None:
     rules += [layout.same(f'{ours}{part}_scale', names.blocks + name)
@@ -182,16 +183,10 @@ def _tower_rules(config, names):
                          config.vision_projection_bias)]
 
 
-def _head_bias(ours, theirs, N, H):
-  """A bias of heads: [N * H] there, [N, H] here."""
-  return layout.Rule((ours,), (theirs,), lambda x: (x.reshape(N, H),),
-                     lambda x: (x.reshape(-1),))
-
-
 def _rules(config, names, text, scale='logit_scale'):
   """All rules where the text tower has OpenAI's names, below `text`."""
   return [*_tower_rules(config, names),
-          *clip_layouts.openai_text_rules(config.text, text),
+          *clip_layouts.openai_text_rules(text),
           layout.same('logit_scale', scale)]
 
 

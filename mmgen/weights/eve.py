@@ -64,7 +64,6 @@ def _rules(config):
 
 
 def _vision_rules(config):
-  N, H = config.heads, config.width // config.heads
   made = [
       *layout.patches('vision/patch_embedding', f'{_TOWER}patch_embedding',
                       config.patch, bias=False),
@@ -75,10 +74,9 @@ def _vision_rules(config):
     made += [
         *layout.norm(f'{ours}query_norm', f'{theirs}q.0'),
         *layout.norm(f'{ours}key_value_norm', f'{theirs}kv.0'),
-        *layout.heads_in(f'{ours}query', f'{theirs}q.1', N, H, bias=False),
-        *layout.fused([f'{ours}key', f'{ours}value'], f'{theirs}kv.1.weight',
-                      None, N, H),
-        *layout.heads_out(f'{ours}out', f'{theirs}proj', N, H)]
+        *layout.linear(f'{ours}query', f'{theirs}q.1', bias=False),
+        *layout.fused([f'{ours}key', f'{ours}value'], f'{theirs}kv.1.weight'),
+        *layout.linear(f'{ours}out', f'{theirs}proj')]
   return made
 
 

@@ -49,8 +49,7 @@ def _rules(config, names):
                      bias=True),
       *_by_head(f'{ours}attention/', f'{theirs}self_attn.query_key_value', N,
                 H),
-      *layout.heads_out(f'{ours}attention/out', f'{theirs}self_attn.dense', N,
-                        H),
+      *layout.linear(f'{ours}attention/out', f'{theirs}self_attn.dense'),
       *layout.modules(_BLOCK, ours, theirs)]
 
 
@@ -59,13 +58,15 @@ def _by_head(ours, theirs, N, H):
   return [
       layout.Rule(
           tuple(f'{ours}{part}/kernel' for part in _QKV), (f'{theirs}.weight',),
-          lambda x: tuple(x.reshape(N, 3, H, -1).transpose(1, 3, 0, 2)),
-          lambda *xs: (np.stack(xs).transpose(2, 0, 3, 1).reshape(
-              N * 3 * H, -1),)),
+          lambda x: tuple(x.reshape(N, 3, H, -1).transpose(1, 3, 0, 2).reshape(
+              3, -1, N * H)),
+          lambda *xs: (np.stack([x.reshape(-1, N, H) for x in xs]).transpose(
+              2, 0, 3, 1).reshape(N * 3 * H, -1),)),
       layout.Rule(
           tuple(f'{ours}{part}/bias' for part in _QKV), (f'{theirs}.bias',),
-          lambda x: tuple(x.reshape(N, 3, H).swapaxes(0, 1)),
-          lambda *xs: (np.stack(xs, axis=1).reshape(-1),))]
+          lambda x: tuple(x.reshape(N, 3, H).swapaxes(0, 1).reshape(3, -1)),
+          lambda *xs: (np.stack([x.reshape(N, H) for x in xs],
+                                axis=1).reshape(-1),))]
 
 
 # ---------------------------------------------------------------------------

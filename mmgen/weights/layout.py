@@ -14,7 +14,6 @@ of one layer.
 from collections.abc import Callable
 import dataclasses
 import difflib
-import functools
 import re
 from typing import Any
 
@@ -98,53 +97,24 @@ def linear(ours, theirs, bias=True):
           *_bias(ours, theirs, bias)]
 
 
-def stacked_linear(ours, theirs):
-  """Several matrices in one, [len(ours) * out, in] there, with biases."""
-  count = len(ours)
-  return [
-      Rule(tuple(f'{name}/kernel' for name in ours), (f'{theirs}.weight',),
-           lambda x: tuple(x.reshape(count, -1, x.shape[1]).swapaxes(1, 2)),
-           lambda *xs: (np.concatenate([x.T for x in xs]),)),
-      Rule(tuple(f'{name}/bias' for name in ours), (f'{theirs}.bias',),
-           lambda x: tuple(x.reshape(count, -1)),
-           lambda *xs: (np.concatenate(xs),))]
-
-
-def heads_in(ours, theirs, N, H, bias=True):
-  """A projection to heads: [N * H, D] there, [D, N, H] here."""
-  return fused([ours], f'{theirs}.weight', f'{theirs}.bias' if bias else None,
-               N, H)
-
-
-def fused(ours, weight, bias, N, H):
-  """Several projections to heads in one tensor, one after the other.
+def fused(ours, weight, bias=None):
+  """Several matrices of one size in one, [len(ours) * out, in] there.
 
   Args:
-    ours: prefixes of the projections, usually query, key and value.
-    weight: name of [len(ours) * N * H, D].
-    bias: name of [len(ours) * N * H], or None.
-    N: heads of each.
-    H: width of a head.
+    ours: prefixes of the matrices, such as query, key and value.
+    weight: name of their matrix.
+    bias: name of [len(ours) * out], or None.
   """
   rules = [Rule(
       tuple(f'{name}/kernel' for name in ours), (weight,),
-      lambda x: tuple(x.reshape(len(ours), N, H, -1).transpose(0, 3, 1, 2)),
-      lambda *xs: (np.stack(xs).transpose(0, 2, 3, 1).reshape(
-          len(ours) * N * H, -1),))]
+      lambda x: tuple(x.reshape(len(ours), -1, x.shape[1]).swapaxes(1, 2)),
+      lambda *xs: (np.concatenate([x.T for x in xs]),))]
   if bias:
     rules.append(Rule(
         tuple(f'{name}/bias' for name in ours), (bias,),
-        lambda x: tuple(x.reshape(len(ours), N, H)),
-        lambda *xs: (np.stack(xs).reshape(-1),)))
+        lambda x: tuple(x.reshape(len(ours), -1)),
+        lambda *xs: (np.concatenate(xs),)))
   return rules
-
-
-def heads_out(ours, theirs, N, H, bias=True):
-  """The projection back: [D, N * H] there, [N, H, D] here."""
-  return [Rule((f'{ours}/kernel',), (f'{theirs}.weight',),
-               lambda x: (x.T.reshape(N, H, -1),),
-               lambda x: (x.reshape(N * H, -1).T,)),
-          *_bias(ours, theirs, bias)]
 
 
 def patches(ours, theirs, patch, bias=True):
@@ -160,26 +130,17 @@ def _bias(ours, theirs, there):
   return [same(f'{ours}/bias', f'{theirs}.bias')] if there else []
 
 
-def modules(pairs, ours, theirs, heads=None, bias=True):
+def modules(pairs, ours, theirs, bias=True):
   """The rules of several modules, whose kind the end of our name tells.
 
   Args:
     pairs: {our name: their name}, such as {'mlp/up': 'mlp.fc1'}.
     ours, theirs: prefixes of all of them.
-    heads: (N, H), where there are projections to heads or back.
     bias: whether all of them have one.
   """
   rules = []
   for our, their in pairs.items():
-    kind = our.rpartition('/')[2]
-    if kind.endswith('norm'):
-      make = norm
-    elif kind in ('query', 'key', 'value'):
-      make = functools.partial(heads_in, N=heads[0], H=heads[1])
-    elif kind == 'out':
-      make = functools.partial(heads_out, N=heads[0], H=heads[1])
-    else:
-      make = linear
+    make = norm if our.endswith('norm') else linear
     rules += make(ours + our, theirs + their, bias=bias)
   return rules
 

@@ -40,19 +40,6 @@ def norm(weights, name):
   return tree
 
 
-def attention(weights, names, H):
-  """Trees of query, key, value and out from {ours: theirs}; heads of H."""
-  tree = {}
-  for ours, theirs in names.items():
-    part = dense(weights, theirs)
-    if ours == 'out':
-      part['kernel'] = part['kernel'].reshape(-1, H, part['kernel'].shape[1])
-    else:
-      part = {k: v.reshape(*v.shape[:-1], -1, H) for k, v in part.items()}
-    tree[ours] = part
-  return tree
-
-
 def stacked(blocks, final_norm):
   return {'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks),
           'final_norm': final_norm}
@@ -70,10 +57,8 @@ def llama(weights, config, prefix=''):
   for i in range(config.layers):
     name = f'{prefix}model.layers.{i}'
     blocks.append({
-        'attention': attention(
-            weights, {ours: f'{name}.self_attn.{ours[0]}_proj'
+        'attention': {ours: dense(weights, f'{name}.self_attn.{ours[0]}_proj')
                       for ours in ('query', 'key', 'value', 'out')},
-            config.stack.H),
         'attention_norm': norm(weights, f'{name}.input_layernorm'),
         'mlp': {part: dense(weights, f'{name}.mlp.{part}_proj')
                 for part in ('gate', 'up', 'down')},
@@ -90,11 +75,9 @@ def clip_tower(weights, config, prefix):
   for i in range(config.layers):
     name = f'{prefix}encoder.layers.{i}'
     blocks.append({
-        'attention': attention(
-            weights, {ours: f'{name}.self_attn.{theirs}_proj'
+        'attention': {ours: dense(weights, f'{name}.self_attn.{theirs}_proj')
                       for ours, theirs in dict(query='q', key='k', value='v',
                                                out='out').items()},
-            config.stack.H),
         'attention_norm': norm(weights, f'{name}.layer_norm1'),
         'mlp': {'up': dense(weights, f'{name}.mlp.fc1'),
                 'down': dense(weights, f'{name}.mlp.fc2')},
@@ -112,21 +95,19 @@ def clip_tower(weights, config, prefix):
 
 def eve(weights, config, prefix=''):
   """Parameters of `Eve` and of the connector 'mlp' from EVE's own names."""
-  D, N = config.width, config.heads
   tower = f'{prefix}vision_tower.'
   vision = {'patch_embedding': {
       'kernel': weights[f'{tower}patch_embedding.weight'].transpose(
-          2, 3, 1, 0).reshape(-1, D)}}
+          2, 3, 1, 0).reshape(-1, config.width)}}
   for name in ('class_embedding', 'split_embedding'):
     vision[name] = weights[tower + name]
   for name in ('local_attention', 'global_attention'):
     key, value = np.split(weights[f'{tower}{name}.kv.1.weight'], 2)
-    out = dense(weights, f'{tower}{name}.proj')
     vision[name] = {
         'query_norm': norm(weights, f'{tower}{name}.q.0'),
         'key_value_norm': norm(weights, f'{tower}{name}.kv.0'),
-        'out': {**out, 'kernel': out['kernel'].reshape(N, -1, D)}} | {
-            part: {'kernel': kernel.T.reshape(D, N, -1)} for part, kernel in (
+        'out': dense(weights, f'{tower}{name}.proj')} | {
+            part: {'kernel': kernel.T} for part, kernel in (
                 ('query', weights[f'{tower}{name}.q.1.weight']), ('key', key),
                 ('value', value))}
   return vision, {'up': dense(weights, f'{prefix}mm_projector.0'),
@@ -147,20 +128,20 @@ def patch_aligner(weights, prefix=''):
 def persimmon(weights, config, prefix=''):
   """Parameters of `Decoder` from those of PersimmonForCausalLM."""
   blocks = []
-  H = config.stack.H
   for i in range(config.layers):
     name = f'{prefix}model.layers.{i}'
     # Head by head: its query, its key, its value.
     fused = weights[f'{name}.self_attn.query_key_value.weight'].reshape(
-        config.heads, 3, H, config.width)
+        config.heads, 3, config.stack.H, config.width)
     bias = weights[f'{name}.self_attn.query_key_value.bias'].reshape(
-        config.heads, 3, H)
+        config.heads, 3, config.stack.H)
     projections = {
-        part: {'kernel': fused[:, j].transpose(2, 0, 1), 'bias': bias[:, j]}
+        part: {'kernel': fused[:, j].reshape(-1, config.width).T,
+               'bias': bias[:, j].reshape(-1)}
         for j, part in enumerate(('query', 'key', 'value'))}
     blocks.append({
-        'attention': projections | attention(
-            weights, {'out': f'{name}.self_attn.dense'}, H) | {
+        'attention': projections | {
+            'out': dense(weights, f'{name}.self_attn.dense')} | {
                 f'{part}_norm': norm(
                     weights, f'{name}.self_attn.{part[0]}_layernorm')
                 for part in ('query', 'key')},

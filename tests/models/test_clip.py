@@ -63,14 +63,6 @@ CASES = {
 }
 
 
-def heads_of(config, x, out=False):
-  """[in, out] -> [in, N, H], or the inverse side for the output matrix."""
-  N, H = config.heads, config.width // config.heads
-  if out:
-    return x.reshape(N, H, config.width)
-  return x.reshape(*x.shape[:-1], N, H)
-
-
 def linear(get, name):
   tree = {'kernel': get(f'{name}.weight').T}
   return tree | {'bias': get(f'{name}.bias')} if get(
@@ -81,13 +73,11 @@ def norm(get, name):
   return {'scale': get(f'{name}.weight'), 'bias': get(f'{name}.bias')}
 
 
-def block(get, config, name):
+def block(get, name):
   attention = {}
   for ours, theirs in (('query', 'q'), ('key', 'k'), ('value', 'v')):
-    tree = linear(get, f'{name}.self_attn.{theirs}_proj')
-    attention[ours] = {k: heads_of(config, v) for k, v in tree.items()}
+    attention[ours] = linear(get, f'{name}.self_attn.{theirs}_proj')
   out = linear(get, f'{name}.self_attn.out_proj')
-  out['kernel'] = heads_of(config, out['kernel'], out=True)
   return {
       'attention_norm': norm(get, f'{name}.layer_norm1'),
       'attention': attention | {'out': out},
@@ -97,21 +87,19 @@ def block(get, config, name):
 
 
 def stack(get, config, name, final):
-  blocks = [block(get, config, f'{name}.encoder.layers.{i}')
+  blocks = [block(get, f'{name}.encoder.layers.{i}')
             for i in range(config.layers)]
   return {'blocks': jax.tree.map(lambda *x: np.stack(x), *blocks),
           'final_norm': norm(get, final)}
 
 
-def map_head(get, config, name):
+def map_head(get, name):
   attention = {}
   weight = np.split(get(f'{name}.attention.in_proj_weight'), 3)
   bias = np.split(get(f'{name}.attention.in_proj_bias'), 3)
   for i, ours in enumerate(('query', 'key', 'value')):
-    attention[ours] = {'kernel': heads_of(config, weight[i].T),
-                       'bias': heads_of(config, bias[i])}
+    attention[ours] = {'kernel': weight[i].T, 'bias': bias[i]}
   out = linear(get, f'{name}.attention.out_proj')
-  out['kernel'] = heads_of(config, out['kernel'], out=True)
   return attention | {
       'probe': get(f'{name}.probe')[0, 0], 'out': out,
       'norm': norm(get, f'{name}.layernorm'),
@@ -140,7 +128,7 @@ def from_reference(arrays, prefix, config):
   if v.pre_norm:
     vision['pre_norm'] = norm(get, 'vision_model.pre_layrnorm')
   if v.pooling == 'map':
-    vision['head'] = map_head(get, v, 'vision_model.head')
+    vision['head'] = map_head(get, 'vision_model.head')
   text = {
       'token_embedding': {'embedding': get(
           'text_model.embeddings.token_embedding.weight')},

@@ -77,14 +77,6 @@ def norm(get, name):
   return tree if bias is None else tree | {'bias': bias}
 
 
-def heads_of(config, tree, out=False):
-  """Gives the heads of [D, N * H] and [N * H], or of [N * H, D], an axis."""
-  shape = (config.heads, config.width // config.heads)
-  if out:
-    return tree | {'kernel': tree['kernel'].reshape(*shape, -1)}
-  return {k: v.reshape(*v.shape[:-1], *shape) for k, v in tree.items()}
-
-
 def vision_block(get, c, name):
   attention = {}
   parts = ('query', 'key', 'value')
@@ -95,8 +87,8 @@ def vision_block(get, c, name):
     bias = get(f'{name}.attn.{letter}_bias', optional=True)
     if bias is not None:
       tree['bias'] = bias
-    attention[part] = heads_of(c, tree)
-  attention['out'] = heads_of(c, linear(get, f'{name}.attn.proj'), out=True)
+    attention[part] = tree
+  attention['out'] = linear(get, f'{name}.attn.proj')
   if c.mlp == 'swiglu':
     names = dict(gate='w1', up='w2', down='w3')
   else:
@@ -113,13 +105,13 @@ def vision_block(get, c, name):
   return block
 
 
-def text_block(get, c, name):
+def text_block(get, name):
   weight = np.split(get(f'{name}.attn.in_proj_weight'), 3)
   bias = np.split(get(f'{name}.attn.in_proj_bias'), 3)
   attention = {
-      part: heads_of(c, {'kernel': weight[i].T, 'bias': bias[i]})
+      part: {'kernel': weight[i].T, 'bias': bias[i]}
       for i, part in enumerate(('query', 'key', 'value'))}
-  attention['out'] = heads_of(c, linear(get, f'{name}.attn.out_proj'), out=True)
+  attention['out'] = linear(get, f'{name}.attn.out_proj')
   return {'attention_norm': norm(get, f'{name}.ln_1'), 'attention': attention,
           'mlp_norm': norm(get, f'{name}.ln_2'),
           'mlp': {'up': linear(get, f'{name}.mlp.c_fc'),
@@ -153,7 +145,7 @@ def from_reference(arrays, config, prefix=''):
   text = {
       'token_embedding': {'embedding': get('text.token_embedding.weight')},
       'position_embedding': get('text.positional_embedding'),
-      'stack': stacked([text_block(get, t, f'text.transformer.resblocks.{i}')
+      'stack': stacked([text_block(get, f'text.transformer.resblocks.{i}')
                         for i in range(t.layers)], norm(get, 'text.ln_final'))}
   return {'vision': vision_from_reference(get, config.vision), 'text': text,
           'vision_projection': linear(get, 'visual.head'),

@@ -80,22 +80,23 @@ def selected(params, x, visual):
     x -= x.mean(-1, keepdims=True)
     x /= jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + c.norm_eps)
     return x * p['scale'][None, None] + p['bias'][None, None]
-  def linear(p, x, axes=1):
-    return jnp.tensordot(x, p['kernel'], axes) + p['bias'][None, None]
+  def linear(p, x):
+    return x @ p['kernel'] + p['bias'][None, None]
   blocks = params['blocks']
   for i in range(c.layers):
     sets = [jax.tree.map(lambda leaf, i=i: leaf[i], tree)
             for tree in (blocks, blocks['visual'])]
     def pick(part, function, sets=sets):
       words, pictures = (function(tree[part]) for tree in sets)
-      return jnp.where(visual.reshape(B, T, *(1,) * (words.ndim - 2)),
-                       pictures, words)
+      return jnp.where(visual[:, :, None], pictures, words)
     h = pick('attention_norm', lambda p: norm(p, x))
-    q, k, v = (pick('attention', lambda p: linear(p[name], h))
+    q, k, v = (attention.heads(
+        pick('attention', lambda p: linear(p[name], h)), c.H)
                for name in ('query', 'key', 'value'))
     q, k = (attention.rotary(y, positions(), c.rope_theta) for y in (q, k))
     mixed = attention.attend(q, k, v, attention.Mask(causal=True))
-    x += pick('attention', lambda p: linear(p['out'], mixed, 2))
+    x += pick('attention', lambda p: linear(
+        p['out'], mixed.reshape(B, T, -1)))
     h = pick('mlp_norm', lambda p: norm(p, x))
     x += pick('mlp', lambda p: linear(p['down'], jax.nn.silu(
         linear(p['gate'], h)) * linear(p['up'], h)))

@@ -168,8 +168,7 @@ def test_first_outputs_get_smaller_by_depth():
       plain['mlp']['down']['kernel'] / root[:, None, None], rtol=1e-6)
   np.testing.assert_allclose(
       eva['attention']['out']['kernel'],
-      plain['attention']['out']['kernel'] / root[:, None, None, None],
-      rtol=1e-6)
+      plain['attention']['out']['kernel'] / root[:, None, None], rtol=1e-6)
   np.testing.assert_array_equal(eva['mlp']['up']['kernel'],
                                 plain['mlp']['up']['kernel'])
 
@@ -335,7 +334,7 @@ def test_initial_layers_differ_and_have_their_spread(init, out_std):
   blocks = jax.jit(transformer.Stack(config).init)(
       jax.random.key(0), _inputs(), MASK, POSITIONS)['params']['blocks']
   out = np.asarray(blocks['attention']['out']['kernel'])
-  assert out.shape == (4, 6, 4, 24)
+  assert out.shape == (4, 24, 24)
   np.testing.assert_allclose(out.std(), out_std, rtol=0.1)
   assert all((out[0] != out[i]).all() for i in range(1, 4))
 

@@ -235,24 +235,19 @@ def _expected(tensors, part):
                        ('stack/final_norm', 'post_layernorm')):
     found |= {f'{ours}/scale': get(f'{theirs}.weight'),
               f'{ours}/bias': get(f'{theirs}.bias')}
-  heads_in = lambda x: x.T.reshape(W, HEADS, -1)
-  heads = lambda x: x.reshape(HEADS, -1)
-  for ours, theirs, kernel, bias in (
-      ('attention/query', 'self_attn.q_proj', heads_in, heads),
-      ('attention/key', 'self_attn.k_proj', heads_in, heads),
-      ('attention/value', 'self_attn.v_proj', heads_in, heads),
-      ('attention/out', 'self_attn.out_proj',
-       lambda x: x.T.reshape(HEADS, -1, W), np.asarray),
-      ('mlp/up', 'mlp.fc1', np.transpose, np.asarray),
-      ('mlp/down', 'mlp.fc2', np.transpose, np.asarray),
-      ('attention_norm', 'layer_norm1', np.asarray, np.asarray),
-      ('mlp_norm', 'layer_norm2', np.asarray, np.asarray)):
+  for ours, theirs in (
+      ('attention/query', 'self_attn.q_proj'),
+      ('attention/key', 'self_attn.k_proj'),
+      ('attention/value', 'self_attn.v_proj'),
+      ('attention/out', 'self_attn.out_proj'),
+      ('mlp/up', 'mlp.fc1'), ('mlp/down', 'mlp.fc2'),
+      ('attention_norm', 'layer_norm1'), ('mlp_norm', 'layer_norm2')):
     leaf = 'scale' if ours.endswith('norm') else 'kernel'
     layers = [f'encoder.layers.{layer}.{theirs}' for layer in range(LAYERS)]
     found[f'stack/blocks/{ours}/{leaf}'] = np.stack(
-        [kernel(get(f'{layer}.weight')) for layer in layers])
+        [get(f'{layer}.weight').T for layer in layers])
     found[f'stack/blocks/{ours}/bias'] = np.stack(
-        [bias(get(f'{layer}.bias')) for layer in layers])
+        [get(f'{layer}.bias') for layer in layers])
   return {f'{part}/{name}': x for name, x in found.items()}
 
 

@@ -36,11 +36,12 @@ def test_impossible_mesh_is_a_user_error(ways, message):
 
 
 @pytest.mark.parametrize('name, shape, want', [
-    ('decoder/stack/blocks/attention/query/kernel', (3, 8, 4, 16),
-     P(None, 'fsdp', 'tensor', None)),
-    ('decoder/stack/blocks/attention/out/kernel', (3, 4, 16, 8),
-     P(None, 'tensor', None, 'fsdp')),
-    ('attention/out/kernel', (4, 16, 8), P('tensor', None, 'fsdp')),
+    ('decoder/stack/blocks/attention/query/kernel', (3, 8, 64),
+     P(None, 'fsdp', 'tensor')),
+    ('decoder/stack/blocks/attention/query/bias', (3, 64), P(None, 'tensor')),
+    ('decoder/stack/blocks/attention/out/kernel', (3, 64, 8),
+     P(None, 'tensor', 'fsdp')),
+    ('attention/out/kernel', (64, 8), P('tensor', 'fsdp')),
     ('opt/1/mu/decoder/stack/blocks/mlp/down/kernel', (3, 32, 8),
      P(None, 'tensor', 'fsdp')),
     ('decoder/embedding', (64, 8), P('tensor', 'fsdp')),

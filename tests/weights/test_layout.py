@@ -18,22 +18,22 @@ RULES = [
     layout.same('embedding', 'wte', lead=1),
     layout.same('scale', 'scale', lead=1),
     *layout.patches('stem', 'conv', P),
-    *layout.fused(QKV, 'h.{layer}.qkv', 'h.{layer}.qkv_bias', N, H),
-    *layout.heads_out('stack/blocks/attention/out', 'h.{layer}.out', N, H),
+    *layout.fused(QKV, 'h.{layer}.qkv', 'h.{layer}.qkv_bias'),
+    *layout.linear('stack/blocks/attention/out', 'h.{layer}.out'),
     *layout.modules({'norm': 'ln', 'mlp/up': 'fc'}, 'stack/blocks/',
                     'h.{layer}.'),
-    *layout.heads_in('probe', 'probe', N, H, bias=False),
+    *layout.fused(['probe'], 'probe.weight'),
     *layout.linear('head', 'head', bias=False)]
 OURS = {
     'embedding': (V, D), 'scale': (), 'stem/kernel': (P * P * 3, D),
     'stem/bias': (D,),
-    **{f'{name}/kernel': (L, D, N, H) for name in QKV},
-    **{f'{name}/bias': (L, N, H) for name in QKV},
-    'stack/blocks/attention/out/kernel': (L, N, H, D),
+    **{f'{name}/kernel': (L, D, N * H) for name in QKV},
+    **{f'{name}/bias': (L, N * H) for name in QKV},
+    'stack/blocks/attention/out/kernel': (L, N * H, D),
     'stack/blocks/attention/out/bias': (L, D),
     'stack/blocks/norm/scale': (L, D), 'stack/blocks/norm/bias': (L, D),
     'stack/blocks/mlp/up/kernel': (L, D, F), 'stack/blocks/mlp/up/bias': (L, F),
-    'probe/kernel': (D, N, H), 'head/kernel': (D, V)}
+    'probe/kernel': (D, N * H), 'head/kernel': (D, V)}
 THEIRS = {
     'wte': (1, V, D), 'scale': (1,), 'conv.weight': (D, 3, P, P),
     'conv.bias': (D,), 'probe.weight': (N * H, D), 'head.weight': (V, D)}
@@ -69,13 +69,11 @@ def test_rules_do_the_arithmetic_of_their_modules():
   x = rng.standard_normal((7, D)).astype(np.float32)
   q, k, v = np.split(x @ arrays['h.1.qkv'].T + arrays['h.1.qkv_bias'], 3, 1)
   for name, expected in zip(QKV, (q, k, v)):
-    found = np.einsum('td,dnh->tnh', x, ours[f'{name}/kernel'])
     np.testing.assert_allclose(
-        found + ours[f'{name}/bias'], expected.reshape(7, N, H), rtol=1e-5,
+        x @ ours[f'{name}/kernel'] + ours[f'{name}/bias'], expected, rtol=1e-5,
         atol=1e-6)
   np.testing.assert_allclose(
-      np.einsum('tnh,nhd->td', v.reshape(7, N, H),
-                ours['stack/blocks/attention/out/kernel']),
+      v @ ours['stack/blocks/attention/out/kernel'],
       v @ arrays['h.1.out.weight'].T, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(x @ ours['head/kernel'],
                              x @ arrays['head.weight'].T, rtol=1e-5, atol=1e-6)
@@ -190,7 +188,7 @@ def test_report_says_where_each_leaf_comes_from():
   rows = layout.report(RULES, random_arrays('float16'), ABSTRACT)
   assert [row[0] for row in rows] == [
       name for rule in RULES for name in rule.ours]
-  assert (f'{QKV[0]}/kernel', ('h.{layer}.qkv',), (L, D, N, H),
+  assert (f'{QKV[0]}/kernel', ('h.{layer}.qkv',), (L, D, N * H),
           'float16') in rows
 
 
