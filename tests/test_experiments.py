@@ -125,6 +125,16 @@ def test_arms_of_stage_1_have_the_same_samples_and_rates(scale, total):
           total_steps(f'without_{budget}', scale))
 
 
+@pytest.mark.parametrize('address', [
+    'eve/stage1:with_x1:prealign', 'eve/encoder:clip', 'llava/recipes:13b'])
+def test_paper_scale_trains_as_the_released_scripts_do(address):
+  config = config_lib.load(address, 'paper')
+  wanted = dict(warmup_from='zero', denominators='microbatch', clip=None,
+                accumulate=1, weight_decay=0.0, b2=0.999)
+  assert {name: config.optimizer[name] for name in wanted} == wanted
+  assert config.mesh.slice == 'v5p:4x4x4'
+
+
 def test_an_untrained_teacher_is_frozen_and_comes_from_nowhere():
   for scale in config_lib.SCALES:
     trained, untrained = (

@@ -2,8 +2,8 @@
 
 The plans below tests/golden/plans were compiled at true size, each by the
 command python -m mmgen.plan --config=<row> --scale=paper --json >
-tests/golden/plans/<name>.json (EVE's with --slice=v5p:4x4x4). A compilation
-takes 3 to 12 minutes, which is why it is not made here.
+tests/golden/plans/<name>.json. A compilation takes 3 to 12 minutes, which is
+why it is not made here.
 """
 
 import json

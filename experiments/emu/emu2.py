@@ -36,13 +36,10 @@ def base(scale):
     c.init = dict(vision='file:weights/eva02-clip-e14-plus',
                   decoder='file:weights/llama-33b#decoder')
     # Of the projection; vision and decoder have shares of it.
-    c.optimizer.peak_lr = 1e-4
-    c.optimizer.b2 = 0.95
-    c.optimizer.eps = 1e-6
-    c.optimizer.clip = 5.0
-    c.optimizer.groups = dict(
-        vision=dict(pattern='^vision', lr_scale=0.5),
-        decoder=dict(pattern='^decoder', lr_scale=0.3))
+    c.optimizer = warm_starts.optimizer(
+        peak_lr=1e-4, b2=0.95, eps=1e-6, weight_decay=0.0, clip=5.0,
+        groups=dict(vision=dict(pattern='^vision', lr_scale=0.5),
+                    decoder=dict(pattern='^decoder', lr_scale=0.3)))
     # A picture takes 66 slots, a caption about 60.
     c.layout = dict(name='sequence', length=2048, rows=8, documents=96,
                     images=16)

@@ -5,6 +5,11 @@ frozen), `pretrain` (generative pre-training) and `sft` (supervised
 fine-tuning). The recipe at paper scale is that of the paper's table 8 and the
 released scripts; where the two differ, the scripts: alignment is one minus the
 cosine, and stage 1 runs at 4e-4.
+
+Each of their 32 processes had 16 pictures, in stage 3 four, and averaged its
+own loss. Here a microbatch is averaged: on the slice that is named, the whole
+batch. On 8 chips, with --config.optimizer.accumulate=32, it is 16 pictures in
+stages 1 and 2, as theirs.
 """
 
 from experiments import warm_starts
@@ -15,6 +20,12 @@ FREEZE_DECODER = dict(pattern='^decoder/', freeze=True)
 FREEZE_VISION = dict(pattern='^vision/', freeze=True)
 
 PLAIN = dict(name='next_token')
+
+# What the trainer of EVE, EVEv2 and LLaVA does, beside what their scripts name
+# (transformers 4.37, accelerate 0.21): a warm-up from 0; the mean of each
+# microbatch; no bound of the gradient, for under DeepSpeed the trainer leaves
+# that to its settings, and in theirs, which name none, 0 stands for none.
+TRAINER = dict(warmup_from='zero', denominators='microbatch', clip=None)
 
 VISION = {
     'mini': {
@@ -68,16 +79,23 @@ def _paper():
                  connector=MLP, decoder=dict(size='vicuna-7b', remat=True))
   c.init = dict(decoder='file:weights/vicuna-7b-v1.5#decoder')
   c.optimizer = warm_starts.optimizer(
-      b2=0.999, weight_decay=0.0, clip=1.0, warmup=938, peak_lr=4e-4)
-  c.mesh = dict(data=1, fsdp=-1, tensor=1, sequence=1)
+      b2=0.999, weight_decay=0.0, warmup=938, peak_lr=4e-4, **TRAINER)
+  c.mesh = dict(data=1, fsdp=-1, tensor=1, sequence=1, slice='v5p:4x4x4')
   return c
 
 
-def _web(corpus, view, quota):
-  return dict(captions=dict(
-      corpus=corpus, split='train', view=view, column='synthetic',
-      language='en', image_place='before', shuffle_pairs=False, quota=quota,
-      style='plain' if view == 'caption' else 'vicuna_v1'))
+def web(corpus, view, quota, styles=('plain', 'vicuna_v1')):
+  """Returns a mixture of one public corpus.
+
+  Args:
+    corpus: its name.
+    view: 'caption' or 'conversation'.
+    quota: groups a step.
+    styles: of captions and of conversations.
+  """
+  return dict(captions=warm_starts.source(
+      view, 'train', corpus=corpus, column='synthetic', quota=quota,
+      style=styles[view == 'conversation']))
 
 
 def _scores(split='compositions', examples=2048):
@@ -96,11 +114,11 @@ STAGES = {
         'optimizer.groups': dict(decoder=FREEZE_DECODER),
         'mini': {'steps': 120, 'mix': _CAPTIONS, 'evaluators': _LOSS},
         # 16M of the 33M captioned pictures, 512 a step.
-        'paper': {'steps': 31250, 'mix': _web('web/eve-cap-16m', 'caption', 32),
+        'paper': {'steps': 31250, 'mix': web('web/eve-cap-16m', 'caption', 32),
                   'evaluators': {}}},
     'pretrain': {
         'mini': {'steps': 320, 'mix': _CAPTIONS, 'evaluators': _LOSS},
-        'paper': {'steps': 64453, 'mix': _web('web/eve-cap-33m', 'caption', 32),
+        'paper': {'steps': 64453, 'mix': web('web/eve-cap-33m', 'caption', 32),
                   'optimizer.peak_lr': 4e-5, 'optimizer.warmup': 645,
                   'evaluators': {}}},
     'sft': {
@@ -110,8 +128,9 @@ STAGES = {
                 captions=warm_starts.source('caption', warm_starts.THEIRS),
                 questions=warm_starts.source('vqa', warm_starts.THEIRS)),
             'evaluators': _scores()},
-        'paper': {'steps': 5195,
-                  'mix': _web('web/llava-mix-665k', 'conversation', 8),
+        # 665,298 conversations, 128 a step.
+        'paper': {'steps': 5198,
+                  'mix': web('web/llava-mix-665k', 'conversation', 8),
                   'optimizer.peak_lr': 2e-5, 'optimizer.warmup': 52,
                   'evaluators': {}}},
 }
@@ -152,7 +171,7 @@ def aligned(stages=tuple(STAGES), trained=True, **options):
 # two, 512 a step, and the warm-up ratios of the full recipe.
 HALF_MILLION = merged(STAGES, {
     stage: {'paper': {
-        'steps': 1090, 'mix': _web('web/llava-pretrain-558k', 'caption', 32),
+        'steps': 1091, 'mix': web('web/llava-pretrain-558k', 'caption', 32),
         'optimizer.warmup': warmup}}
     for stage, warmup in (('prealign', 33), ('pretrain', 11))})
 

@@ -10,8 +10,9 @@ warm-up are those of the paper's table 9 and the released scripts. `7b_linear`
 has a linear connector, as LLaVA before (table 2).
 
 Deviations: documents are packed into rows of 2,048 slots, where the release
-pads each one; a batch is then 256 and 128 documents less what did not fit. The
-corpora are public, but no reader of them is here yet.
+pads each one; a batch is then 256 and 128 documents less what did not fit, and
+averaged whole, where each of 8 processes averaged its own. The corpora are
+public, but no reader of them is here yet.
 
 At mini scale each row starts from a mini CLIP and a mini decoder that has read,
 and is trained on drawn scenes: a check that the recipe learns.
@@ -23,7 +24,6 @@ FREEZE = {'optimizer.groups.vision': eve.FREEZE_VISION}
 # Short side to 336, then the middle; later padded to a square first.
 FIT = {stage: dict(size=(336, 336), fit=fit, kernel='bicubic')
        for stage, fit in (('pretrain', 'clip'), ('finetune', 'expand'))}
-MESH = dict(data=1, fsdp=-1, tensor=1, sequence=1, slice='v5p:4x4x4')
 
 
 def base(scale):
@@ -36,7 +36,6 @@ def base(scale):
     c.model.vision.remat = True
     c.init['vision'] = 'file:weights/clip-vit-large-patch14-336'
     c.optimizer.warmup = 66
-    c.mesh = MESH
   return c
 
 
@@ -58,7 +57,7 @@ STAGES = {
     'finetune': FREEZE | {
         'mini': eve.STAGES['sft']['mini'],
         'paper': {
-            'steps': 5197, 'image': FIT['finetune'], 'evaluators': {},
+            'steps': 5198, 'image': FIT['finetune'], 'evaluators': {},
             'optimizer.peak_lr': 2e-5, 'optimizer.warmup': 156,
             'mix': dict(turns=_source('web/llava-mix-665k', 'conversation',
                                       'vicuna_v1', 8))}},
