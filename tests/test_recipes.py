@@ -1,0 +1,88 @@
+"""What the stages of released recipes train, and what they start from."""
+
+import jax
+import numpy as np
+import pytest
+
+from mmgen import config as config_lib
+from mmgen import train as train_lib
+from mmgen.data import corpora
+from mmgen.training import checkpoint
+from mmgen.training import groups as groups_lib
+from mmgen.training import sharding
+
+SECOND = 'decoder/stack/blocks/visual'
+
+
+def shapes(address, scale='mini'):
+  """(config, {parameter: its shape})."""
+  config = config_lib.load(address, scale)
+  model = config_lib.build_model(config, vocab=40)
+  return config, sharding.named_leaves(
+      config_lib.parameter_shapes(config, model))
+
+
+def trained(address, scale='mini'):
+  """{trained parameter: its learning rate}."""
+  config, leaves = shapes(address, scale)
+  groups = groups_lib.read_groups(config.optimizer.groups)
+  group = groups_lib.assign(leaves, groups)
+  factors = groups_lib.find_factors(
+      {name: leaf for name, leaf in leaves.items()
+       if not (group[name] and groups[group[name]].freeze)}, groups, 0.0, None)
+  return {name: x.rate * config.optimizer.peak_lr
+          for name, x in factors.items()}
+
+
+# ---------------------------------------------------------------------------
+# EVEv2
+
+
+@pytest.mark.parametrize('scale', config_lib.SCALES)
+def test_stages_of_eve_v2_train_what_the_released_ones_do(scale):
+  of = lambda stage, row='recipes:7b_hd': set(
+      trained(f'eve_v2/{row}:{stage}', scale))
+  _, leaves = shapes('eve_v2/recipes:7b_hd', scale)
+  vision = {name for name in leaves if name.startswith('vision/')}
+  second = {name for name in leaves if name.startswith(SECOND)}
+  assert of('prealign') == vision
+  assert of('perceive') == of('perceive_hd') == vision | second
+  assert of('fullalign') == of('sft') == set(leaves)
+  assert of('perceive', 'second_set:shared') == vision
+  assert of('perceive', 'second_set:norms') == vision | {
+      name for name in second if '_norm/' in name}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data')
+  corpora.prepare(folder, 'shapes/tiny', train=16, evaluation=8, vocab=400)
+  return folder
+
+
+def run(address, folder, data, parents=None, **fields):
+  """Trains two small steps; returns {parameter: value}."""
+  config = config_lib.load(address, overrides={
+      'steps': 2, 'checkpoint_every': 2, 'optimizer.warmup': 1,
+      'layout.documents': 4, 'model.decoder.layers': 1,
+      'model.decoder.width': 16, 'model.decoder.hidden': 16,
+      'mix.captions.corpus': 'shapes/tiny', 'mix.captions.split': 'train',
+      'evaluators': {}, **fields})
+  train_lib.train(config, folder, data, parents)
+  return sharding.named_leaves(jax.device_get(checkpoint.load_params(folder)))
+
+
+def test_the_second_set_starts_as_the_first_and_is_trained_alone(
+    tmp_path, data):
+  fields = {'model.vision.width': 16, 'model.vision.hidden': 16}
+  before = run('eve_v2/recipes:7b_hd:prealign', tmp_path / 'prealign', data,
+               init={}, **fields)
+  assert not any(name.startswith(SECOND) for name in before)
+  after = run('eve_v2/recipes:7b_hd:perceive', tmp_path / 'perceive', data,
+              {'all': tmp_path / 'prealign'}, **fields)
+  for name, x in after.items():
+    old = before[name.replace(SECOND, SECOND.removesuffix('/visual'))]
+    if name.startswith(('vision/', SECOND)):
+      assert 0 < np.abs(x - old).max() < 1e-2, name
+    else:
+      np.testing.assert_array_equal(x, old, name)
