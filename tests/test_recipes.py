@@ -86,3 +86,25 @@ def test_the_second_set_starts_as_the_first_and_is_trained_alone(
       assert 0 < np.abs(x - old).max() < 1e-2, name
     else:
       np.testing.assert_array_equal(x, old, name)
+
+
+# ---------------------------------------------------------------------------
+# LLaVA-1.5 with low-rank adapters
+
+
+@pytest.mark.parametrize('row, inner', [('7b', 11008), ('13b', 13824)])
+def test_adapters_and_connector_are_trained_at_rates_of_their_own(row, inner):
+  address = f'llava/recipes:{row}_lora:finetune'
+  rates = trained(address, 'paper')
+  _, leaves = shapes(address, 'paper')
+  assert set(rates) == {
+      name for name in leaves if name.startswith(('lora/', 'connector/'))}
+  for name, rate in rates.items():
+    assert rate == pytest.approx(2e-4 if name.startswith('lora/') else 2e-5)
+  assert {name.split('/')[3] for name in rates if name.startswith('lora/')} == {
+      'query', 'key', 'value', 'out', 'gate', 'up', 'down'}
+  assert leaves['lora/blocks/mlp/down/a'].shape[1:] == (inner, 128)
+  # Nothing is adapted before, so that both share the first stage.
+  before, after = (config_lib.load(f'llava/recipes:{name}:pretrain', 'paper')
+                   for name in (row, f'{row}_lora'))
+  assert set(config_lib.diff(before, after)) == {'name'}
