@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from mmgen import addresses
 from mmgen import config as config_lib
 from mmgen import train as train_lib
 from mmgen.data import corpora
@@ -108,3 +109,24 @@ def test_adapters_and_connector_are_trained_at_rates_of_their_own(row, inner):
   before, after = (config_lib.load(f'llava/recipes:{name}:pretrain', 'paper')
                    for name in (row, f'{row}_lora'))
   assert set(config_lib.diff(before, after)) == {'name'}
+
+
+# ---------------------------------------------------------------------------
+# EVA-CLIP
+
+
+def test_towers_of_eva_clip_start_from_published_weights():
+  _, leaves = shapes('eva_clip/recipes:b16', 'paper')
+  # The command lines skip text_projection, logit_scale and head.
+  towers = {name.split('/')[0] for name in leaves} - {
+      'vision_projection', 'text_projection', 'logit_scale'}
+  for row in addresses.rows('eva_clip/recipes'):
+    config = config_lib.load(f'eva_clip/recipes:{row}', 'paper')
+    found = config_lib.files(config)
+    if row in ('l14_336', '8b_448'):  # from the whole model of 224 pixels
+      assert set(found) == {'all'}
+      continue
+    assert set(found) == towers == {'vision', 'text'}
+    assert found['vision'].name.startswith('EVA')
+    assert 'CLIP' not in found['vision'].name
+    assert 'clip' in found['text'].name.lower()

@@ -9,11 +9,16 @@ release drops them, softmax over the global batch; from 8B on without weight
 decay and at a constant temperature of 0.01. The settings are those of the
 released command lines (1B to 5B) and of tables 12 and 13 of the second paper.
 
-Deviations: towers start from the published weights of the stage before (EVA
-and CLIP towers), whose files are named and not in this repository, and the
-corpora (Merged-2B and its like) were not released. The trust ratio of LAMB is
-of whole tensors; under DeepSpeed's partitioning it was of flattened shards.
-Pictures are resized and not cropped at random (0.9 to 1.0 of the area).
+Towers start from published weights below `weights/`: the image tower from an
+EVA that was pretrained to predict hidden patches, the text tower from another
+CLIP; projections and temperature start afresh. `l14_336` and `8b_448` start
+from the whole model of 224 pixels.
+
+Deviations: the corpora (Merged-2B and its like) were not released. The trust
+ratio of LAMB is of whole tensors; under DeepSpeed's partitioning it was of
+flattened shards. Pictures are resized and not cropped at random (0.9 to 1.0 of
+the area). The command line of `e14_plus` starts its image tower from its own
+result; here that is the pretrained one, as the authors' table of models says.
 
 At mini scale each row is the same towers with 3 and 2 layers of 128, on drawn
 scenes: a check that every recipe learns, and no comparison of sizes.
@@ -125,6 +130,24 @@ ROWS = {
     '18b': _row('eva-18b', 224, 108544, 6 * _B, (0.8, 0.08), (0.9, 0.75),
                 dropped=0.5, parts=8, **_LARGE),
 }
+
+# Weights of the image tower and of the text tower, or of all (released README
+# files, "init. ckpt"; the positions in `224to336` are resized already).
+STARTS = {
+    'g14_plus': ('EVA01_g_psz14.pt', 'CLIP-ViT-H-14-laion2B-s32B-b79K'),
+    'b16': ('EVA02_B_psz14to16.pt', 'clip-vit-base-patch16'),
+    'l14': ('EVA02_L_psz14.pt', 'clip-vit-large-patch14'),
+    'l14_336': ('EVA02_CLIP_L_psz14_224to336.pt',),
+    'e14': ('EVA02_E_psz14.pt', 'CLIP-ViT-H-14-laion2B-s32B-b79K'),
+    'e14_plus': ('EVA02_E_psz14.pt', 'CLIP-ViT-bigG-14-laion2B-39B-b160k'),
+    '8b': ('EVA_8B_psz14.bin', 'EVA02_CLIP_E_psz14_plus_s9B.pt'),
+    '8b_448': ('EVA_CLIP_8B_psz14_s9B.pt',),
+    '18b': ('EVA_18B_psz14.fp16.bin', 'EVA02_CLIP_E_psz14_plus_s9B.pt'),
+}
+for _name, _files in STARTS.items():
+  ROWS[_name]['paper']['init'] = {
+      part: f'file:weights/{file}' for part, file in zip(
+          ('vision', 'text') if len(_files) == 2 else ('all',), _files)}
 
 TABLE = dict(
     title="EVA-CLIP's recipes",
