@@ -119,6 +119,7 @@ def _run_config(loaded, kind):
   seen = loaded.image or dict(size=(1, 1), fit='square', kernel='bicubic')
   image = {name: seen[name] for name in ('size', 'fit', 'kernel')}
   style = weights.FAMILIES[loaded.layout].style
+  style = style(config) if callable(style) else style
   return dict(
       name=f'weights/{loaded.layout}', model=model, layout=layout, image=image,
       dtype=(config.text if kind == 'clip' else config.decoder).dtype,

@@ -203,6 +203,33 @@ def test_a_tokenizer_must_be_the_models(llava, tmp_path):
     run_folder.open_run(to)
 
 
+def test_a_converted_model_is_asked_in_its_own_words(
+    tmp_path, capsys, monkeypatch):
+  """EVEv2's template, which has no <bos>, and no tokens of ours."""
+  folder = tmp_path / 'eve'
+  with np.load(GOLDEN.parent / 'eve_v2.npz') as file:
+    tensors = {name.removeprefix('weights/'): file[name]
+               for name in file if name.startswith('weights/')}
+  words = np.random.default_rng(0).normal(size=(465, 24)).astype('f4')
+  tensors |= {'model.embed_tokens.weight': words, 'lm_head.weight': words[::-1]}
+  published_files.save(folder, tensors, dict(
+      model_type='eve-qwen2', num_attention_heads=3, rms_norm_eps=1e-6,
+      rope_theta=1e6))
+  (folder / 'preprocessor_config.json').write_text('{"max_size": 12}')
+  shutil.copy(TOKENIZERS / 'qwen2.json', folder / 'tokenizer.json')
+  run(f'--from={folder}', f'--to={tmp_path / "run"}')
+  Image.new('RGB', (20, 10), 'red').save(tmp_path / 'red.png')
+  asked, answer = [], generate.answering.answer
+  monkeypatch.setattr(generate.answering, 'answer', lambda *args, **fields: (
+      asked.extend(args[2]), answer(*args, **fields))[1])
+  capsys.readouterr()
+  generate.main([f'--run={tmp_path / "run"}', '--prompt=what is this?',
+                 f'--image={tmp_path / "red.png"}', '--max_tokens=4', '--json'])
+  assert json.loads(capsys.readouterr().out)[0]['answers'][0]
+  assert not asked[0].begin
+  assert str(asked[0].spans[0].data).endswith("user's questions. USER: ")
+
+
 def test_a_model_that_predicts_features_comes_back(tmp_path):
   """Every field of a causal former and of a visual head is kept."""
   said = {'vision.heads': 3, 'vision.image_size': [10, 15], 'decoder.heads': 5,
@@ -217,4 +244,5 @@ def test_a_model_that_predicts_features_comes_back(tmp_path):
   loaded = weights.load(tmp_path / 'emu', said=said)
   config, params, _ = convert.from_run(tmp_path / 'run')
   assert config == loaded.model.config and config.visual_head is not None
+  assert run_folder.read_config(tmp_path / 'run').mix.published.style == 'emu'
   jax.tree.map(np.testing.assert_array_equal, params, loaded.params)

@@ -247,32 +247,34 @@ _FORMER = {
                              ('cross_attention', '1.EncDecAttention'))
         for part in ('query', 'key', 'value', 'out')}
 _POOLS = {32272: 4, 32274: 2}
+_STYLES = {32274: 'emu2_chat'}  # the others caption
 
 
-def _layout(names):
+def _layout(names, style):
   return layout.Layout(
       recognise=functools.partial(_recognise, names=names),
       build=decoders.build, rules=functools.partial(_rules, names=names),
       image=_image, ignored=(
           *decoders.BUFFERS, r'visual\.(norm|head)\.(weight|bias)',
           r'cformer\.cformer\.embed_tokens\.weight',
-          r'(unet|vae|safety_checker)\..*'))
+          r'(unet|vae|safety_checker)\..*'), style=style)
 
 
-def _emu(lm, base=None):
+def _emu(lm, base=None, style='emu_instruct'):
   return _layout(_Names(decoders.Names(f'{lm}model.', f'{lm}lm_head'), '',
-                        f'{lm}stu_regress_head', base=base))
+                        f'{lm}stu_regress_head', base=base), style)
 
 
 def _emu2(tower, root):
   lm = f'{tower}decoder.lm.'
   return _layout(_Names(decoders.Names(f'{lm}model.', f'{lm}lm_head'), tower,
-                        f'{root}project_down', up=f'{root}project_up'))
+                        f'{root}project_down', up=f'{root}project_up'),
+                 lambda config: _STYLES.get(config.decoder.vocab, 'emu'))
 
 
 _PEFT = 'decoder.lm.base_model.model.'
 LAYOUTS = {
-    'emu': _emu('decoder.lm.'),
+    'emu': _emu('decoder.lm.', style='emu'),
     'emu_instruct': _emu(_PEFT, ''),
     'emu_instruct_new': _emu(_PEFT, '.base_layer'),
     'emu2': _emu2('', ''),

@@ -58,7 +58,8 @@ class Layout:
     rules: config -> list of `Rule`.
     image: (config, beside) -> how a picture becomes the model's pixels.
     ignored: patterns of whole names of tensors that follow from the rest.
-    style: of the prompts it was trained on, a name of `data.prompts.STYLES`.
+    style: of the prompts it was trained on, a name of `data.prompts.STYLES`, or
+      a function of the config that returns one.
     resize: how its reference resizes positions of the image tower to another
       grid, a method of `positions.resize_positions`; None if it has none.
     fresh: patterns of leaves within a part, such as 'stack/final_norm/.*', that
@@ -69,7 +70,7 @@ class Layout:
   rules: Callable[..., list]
   image: Callable[..., dict]
   ignored: tuple[str, ...] = ()
-  style: str = 'own'
+  style: str | Callable[..., str] = 'own'
   resize: str | None = None
   fresh: tuple[str, ...] = ()
 

@@ -134,6 +134,9 @@ def test_published_sizes(layout, size, count):
   tensors, found = published_files.shapes(layout, config)
   assert found == count
   assert published_files.recognised(tensors) == (layout, config)
+  style = weights.FAMILIES[layout].style
+  assert (style(config) if callable(style) else style) == {
+      'emu-i': 'emu_instruct', 'emu2-chat': 'emu2_chat'}.get(size, 'emu')
   lm = dict(emu='decoder.lm.', emu_instruct=WRAPPED, emu2='decoder.lm.',
             emu2_gen='multimodal_encoder.decoder.lm.',
             hf_emu2='model.decoder.lm.')[layout]

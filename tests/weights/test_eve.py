@@ -55,6 +55,7 @@ def test_import_gives_the_references_parameters(name, layout, tmp_path):
   loaded = weights.load(published_files.save(
       tmp_path / 'in', with_clip(tensors, name), CONFIGS[name]))
   assert loaded.layout == layout
+  assert weights.FAMILIES[layout].style == 'vicuna_v1'
   c = loaded.model.config
   vision, projector = reference.eve(tensors, c.vision, 'model.')
   expected = {'vision': vision, 'connector': projector,
