@@ -20,7 +20,9 @@ the text (a later version's tables say 5M). The new captions were not released,
 and no reader of web corpora is here yet.
 
 At mini scale the same code on drawn scenes, all of 32 pixels, with a decoder
-that has read: a check that the recipe learns.
+that has read: a check that the recipe learns. One seed named 41 % of objects
+in captions of held-out compositions (blind guess 1.6, shuffled pictures 1.4),
+in 9 minutes of training on two busy cores.
 """
 
 from experiments.eve import base as eve

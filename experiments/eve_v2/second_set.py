@@ -16,8 +16,8 @@ Deviations: those of eve_v2/recipes, whose batches and rates are taken, as the
 paper names none of the ablation. Its EVEv1.0 has a block of attention before
 the decoder, `shared` the same patch layer as the other rows.
 
-Cost at mini scale, an estimate: 3 to 4 minutes for each run of a row on two
-cores, 30 of them.
+Cost at mini scale, an estimate: 5 minutes for each run of a row on two cores,
+30 of them.
 """
 
 from experiments.eve import base as eve
