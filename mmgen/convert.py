@@ -72,7 +72,7 @@ def to_run(loaded, folder, source, tokenizer=None):
   checkpointer.save(0, {'params': loaded.params},
                     dict(config=flat, weights=notes), stored)
   checkpointer.close()
-  with checkpoint.writing(folder):
+  with errors.writing(folder):
     path = pathlib.Path(folder)
     (path / 'config.json').write_text(json.dumps(flat, indent=1) + '\n')
     (path / 'weights.txt').write_text(''.join(

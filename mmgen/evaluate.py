@@ -62,7 +62,7 @@ def evaluate(run, data_dir, names=None, progress=lambda name: None):
       git_revision=checkpoint.git_revision(),
   )
   path = run.folder / 'evaluation.json'
-  with checkpoint.writing(run.folder):
+  with errors.writing(run.folder):
     path.write_text(json.dumps(result, indent=1) + '\n')
   return result
 

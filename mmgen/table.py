@@ -80,7 +80,6 @@ from mmgen.tables import run_graph
 from mmgen.tables import summary
 from mmgen.tables import text_table
 from mmgen.tables import tuning
-from mmgen.training import checkpoint
 from mmgen.training import metrics
 
 # ---------------------------------------------------------------------------
@@ -312,13 +311,13 @@ def tune(args) -> int:
   if args.dry_run:
     return 0
   folder = _folder(args, args.scale)
-  with checkpoint.writing(folder):  # before hours of training, not after
+  with errors.writing(folder):  # before hours of training, not after
     folder.mkdir(parents=True, exist_ok=True)
   failed = _execute(args, runs)
   tuned = tuning.summarise(
       args.experiment, args.scale, table, rows, keys, runs, failed)
   warnings = tuning.warnings(tuned)
-  with checkpoint.writing(folder):
+  with errors.writing(folder):
     tuned = tuning.store(folder / 'tuning.json', tuned)
     (folder / 'tuning.html').write_text(report.tuning_page(tuned, warnings))
   rich.console.Console().print(text_table.tuning(tuned))

@@ -6,7 +6,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1] / 'mmgen'
 # From low to high; what is not named is a command, or config, above them all.
 FLOORS = (('errors', 'fields', 'partition'), ('data',), ('models',),
-          ('weights',), ('objectives',), ('training', 'evaluators'),
+          ('weights',), ('objectives',), ('evaluators',), ('training',),
           ('addresses', 'config', 'run_folder'))
 
 

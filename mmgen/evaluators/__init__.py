@@ -24,7 +24,6 @@ from mmgen.evaluators import loss
 from mmgen.evaluators import retrieval
 from mmgen.evaluators import vqa
 from mmgen.evaluators import zero_shot
-from mmgen.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,7 @@ def run_all(evaluators, params, folder, progress=lambda name: None):
     lines = [
         json.dumps(p, ensure_ascii=False) for p in evaluator.predictions
     ]
-    with checkpoint.writing(folder.parent):
+    with errors.writing(folder.parent):
       folder.mkdir(parents=True, exist_ok=True)
       (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
   return dict(

@@ -17,8 +17,8 @@ import dataclasses
 import hashlib
 import json
 
+from mmgen import errors
 from mmgen.tables import claims
-from mmgen.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def write(path, frozen: Frozen):
   Raises:
     UserError: the folder cannot be written.
   """
-  with checkpoint.writing(path.parent):
+  with errors.writing(path.parent):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(frozen), indent=1) + '\n')
 

@@ -13,11 +13,11 @@ import json
 from etils import epath
 from PIL import Image
 
+from mmgen import errors
 from mmgen.data import corpora
 from mmgen.tables import claims
 from mmgen.tables import plots
 from mmgen.tables import text_table
-from mmgen.training import checkpoint
 
 PICTURES = 12  # of each evaluator
 NO_BREAK = '\N{NO-BREAK SPACE}'
@@ -371,7 +371,7 @@ def write(folder, said: dict, runs, data_dir):
   texts = {'table.json': json.dumps(said, indent=1) + '\n',
            'table.md': text_table.markdown(said),
            'report.html': page(said, plots.curves(folders), galleries)}
-  with checkpoint.writing(folder):
+  with errors.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
       (folder / name).write_text(text)

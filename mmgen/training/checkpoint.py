@@ -47,31 +47,6 @@ def git_revision() -> str:
     return 'unknown'
 
 
-# What the array store quotes when the system refuses to write; it raises
-# ValueErrors and RuntimeErrors. A device without memory says the same as a
-# store without room, and more.
-_REFUSALS = ('No space left', 'Permission denied', 'Read-only', 'too large',
-             'Not a directory', 'Disk quota', 'RESOURCE_EXHAUSTED')
-_NO_MEMORY = 'Out of memory'
-
-
-@contextlib.contextmanager
-def writing(folder):
-  """Turns a failure to write below `folder` into a UserError of one line."""
-  try:
-    yield
-  except (OSError, ValueError, RuntimeError) as error:
-    text = getattr(error, 'strerror', None) or str(error).rpartition(': ')[2]
-    if not isinstance(error, OSError) and (
-        _NO_MEMORY in str(error)
-        or not any(refusal in str(error) for refusal in _REFUSALS)):
-      raise
-    raise errors.UserError(
-        f'cannot write below {folder}: {text.splitlines()[0]}. Free some '
-        'space or give another --workdir, and run the same command again: it '
-        'continues from the last complete checkpoint.') from error
-
-
 def _not_of_orbax(record):
   """Drops orbax's own log: its failures are raised, and reported once."""
   return 'orbax' not in record.pathname
@@ -197,7 +172,7 @@ class Checkpointer:
     """
     _report_failures_once()
     self._folder = epath.Path(folder)
-    with writing(self._folder):
+    with errors.writing(self._folder):
       (self._folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
       self._manager = _manager(self._folder, max_to_keep=2,
                                cleanup_tmp_directories=True)
@@ -219,7 +194,7 @@ class Checkpointer:
       UserError: this save, or the one before it, could not be written. The
         last complete checkpoint is untouched.
     """
-    with writing(self._folder):
+    with errors.writing(self._folder):
       self._manager.save(step, args=ocp.args.Composite(
           state=ocp.args.PyTreeSave(_nest(sharding.named_leaves(state))),
           extras=ocp.args.JsonSave(
@@ -258,11 +233,11 @@ class Checkpointer:
     Raises:
       UserError: it could not be written.
     """
-    with writing(self._folder):
+    with errors.writing(self._folder):
       self._manager.wait_until_finished()
 
   def close(self):
-    with writing(self._folder):
+    with errors.writing(self._folder):
       self._manager.close()
 
 
@@ -272,7 +247,7 @@ class Checkpointer:
 
 def save_frozen(folder, frozen):
   """Stores the frozen parameters of a run, once, before its first step."""
-  with writing(folder), ocp.PyTreeCheckpointer() as checkpointer:
+  with errors.writing(folder), ocp.PyTreeCheckpointer() as checkpointer:
     checkpointer.save(epath.Path(folder).absolute() / 'frozen',
                       _nest(sharding.named_leaves(frozen)), force=True)
 

@@ -24,7 +24,7 @@ _RECORDS_NAMED = 8
 def write_json(path, content):
   """Writes a file whole or not at all; only the first process does."""
   if jax.process_index() == 0:
-    with checkpoint.writing(path.parent):
+    with errors.writing(path.parent):
       draft = path.with_suffix('.draft')
       draft.write_text(json.dumps(content, indent=1) + '\n')
       draft.replace(path)
@@ -51,7 +51,7 @@ def write_result(folder, result: dict):
   """
   path = folder / 'result.json'
   if path.exists() and jax.process_index() == 0:
-    with checkpoint.writing(folder):
+    with errors.writing(folder):
       (folder / 'results').mkdir(exist_ok=True)
       older = json.loads(path.read_text())['evaluation']
       path.rename(folder / 'results' / f'{older}.json')
@@ -102,7 +102,7 @@ class Run:
     self._scored, self._evaluation_seconds = None, 0.0
     self._progress = self._shown = None
     index = jax.process_index()
-    with checkpoint.writing(folder):
+    with errors.writing(folder):
       files = folder / f'process_{index}' if index else folder
       files.mkdir(parents=True, exist_ok=True)
       self._writer = metrics_lib.MetricsWriter(files, self.start)
@@ -173,7 +173,7 @@ class Run:
 
   def save(self, step: int, state):
     """Starts a checkpoint; the rows up to it are on disk before it is."""
-    with checkpoint.writing(self.folder):
+    with errors.writing(self.folder):
       self._writer.flush()
     self.checkpointer.save(step, state, dict(
         config=self.flat, totals=self.totals, revisions=self.revisions,
@@ -215,7 +215,7 @@ class Run:
   def close(self):
     """Waits until everything is on disk."""
     self.checkpointer.wait()
-    with checkpoint.writing(self.folder):
+    with errors.writing(self.folder):
       self._writer.close()
 
   def result(self, found, state, frozen, mesh) -> dict:
@@ -238,7 +238,7 @@ class Run:
       totals['visual_tokens'] = (
           totals['images'] * self.pipeline.image_layout.table_size)
     count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-    with checkpoint.writing(self.folder):
+    with errors.writing(self.folder):
       self._writer.flush()
     stability = metrics_lib.stability(metrics_lib.read_rows(self.folder))
     scores = dict(found['scores'])

@@ -130,7 +130,7 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
 ])
 def test_what_counts_as_a_folder_that_cannot_be_written(error, refused):
   wanted = errors.UserError if refused else type(error)
-  with pytest.raises(wanted) as caught, checkpoint.writing('runs/x'):
+  with pytest.raises(wanted) as caught, errors.writing('runs/x'):
     raise error
   assert ('cannot write below runs/x' in str(caught.value)) == refused
 
