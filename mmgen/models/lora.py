@@ -180,6 +180,11 @@ def _own_key(key, name):
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
+def matrix(name):
+  """The matrix beside which 'lora/blocks/<projection>/a' or '.../b' stands."""
+  return f'decoder/stack/{name.removeprefix("lora/").rpartition("/")[0]}/kernel'
+
+
 def merge(params, config):
   """Folds adapters into the matrices that they stand beside.
 
@@ -197,7 +202,7 @@ def merge(params, config):
       continue
     b = flat.pop(f'{name[:-1]}b').astype(jnp.float32)
     a = flat.pop(name).astype(jnp.float32)
-    target = f'decoder/stack/{name.removeprefix("lora/")[:-1]}kernel'
+    target = matrix(name)
     kernel = flat[target]
     change = jnp.matmul(a, b, precision='highest').reshape(kernel.shape)
     flat[target] = (kernel.astype(jnp.float32) + config.alpha / config.rank

@@ -14,23 +14,14 @@ import flax.traverse_util
 import jax
 
 from mmgen import errors
-from mmgen.weights import clip
-from mmgen.weights import decoders
-from mmgen.weights import emu
-from mmgen.weights import eva_clip
-from mmgen.weights import eve
+from mmgen.weights import assembly
 from mmgen.weights import files
-from mmgen.weights import fuyu
-from mmgen.weights import image_towers
 from mmgen.weights import layout as layout_lib
-from mmgen.weights import llava
 from mmgen.weights import lora
 from mmgen.weights import two_towers
 
-# The first that recognises a file has it.
-FAMILIES = {**eva_clip.LAYOUTS, **clip.LAYOUTS, **eve.LAYOUTS,
-            **llava.LAYOUTS, **fuyu.LAYOUTS, **emu.LAYOUTS, **decoders.LAYOUTS,
-            **image_towers.LAYOUTS, **lora.LAYOUTS}
+FAMILIES = assembly.FAMILIES
+attach, merge, dtypes_in = assembly.attach, assembly.merge, assembly.dtypes_in
 
 # The one leaf that belongs to a grid of patches.
 POSITIONS = 'vision/position_embedding'
@@ -148,8 +139,12 @@ def export(layout, config, params, dtypes):
   rules = FAMILIES[layout].rules(config)
   differ = flat.keys() ^ {name for rule in rules for name in rule.ours}
   if differ:
-    raise errors.UserError(f'the layout {layout} cannot hold this model: '
-                           f'{", ".join(sorted(differ))}.')
+    own = any(name.startswith('lora/') for name in differ & flat.keys())
+    raise errors.UserError(
+        f'the layout {layout} cannot hold this model: '
+        f'{", ".join(sorted(differ))}.' + own * (
+            ' Merge its adapters (--merge), or write them alone '
+            '(--layout=peft).'))
   return layout_lib.export(rules, flat, dtypes)
 
 

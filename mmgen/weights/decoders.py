@@ -280,7 +280,7 @@ def make(kind, fields):
 
 
 def build(config, dtype,
-          parts=('vision', 'connector', 'decoder', 'visual_head')):
+          parts=('vision', 'connector', 'decoder', 'visual_head', 'lora')):
   """As `Layout.build`, of a `MultimodalConfig`.
 
   Args:
@@ -290,7 +290,7 @@ def build(config, dtype,
   """
   model = multimodal.MultimodalDecoder(dataclasses.replace(config, **{
       name: dataclasses.replace(part, dtype=dtype)
-      for name, part in vars(config).items() if part is not None}))
+      for name, part in vars(config).items() if hasattr(part, 'dtype')}))
   vision = config.vision
   # Without positions of its own a module takes pictures of one cell.
   batch = multimodal.example_batch(config, vision and getattr(

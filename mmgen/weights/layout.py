@@ -305,6 +305,30 @@ def export(rules, params, dtypes):
         yield name, array.astype(dtype, copy=False)
 
 
+def renamed(dtypes, old, new, ours):
+  """Gives the tensors of another layout the dtypes that a file has.
+
+  Args:
+    dtypes: {their name: dtype} of the file.
+    old: rules of its layout.
+    new: rules of the other.
+    ours: {our name: what has a shape}, all that the other holds.
+
+  Returns:
+    {their name: dtype}; float32 for what the file does not have. All layers
+    have that of the first.
+  """
+  first = {name: rule.theirs[0].format(layer=0) for rule in old
+           for name in rule.ours}
+  named = {}
+  for rule in new:
+    dtype = dtypes.get(first.get(rule.ours[0]), np.dtype(np.float32))
+    layers = ours[rule.ours[0]].shape[0] if rule.layered else 1
+    named |= {name.format(layer=i): dtype for name in rule.theirs
+              for i in range(layers)}
+  return named
+
+
 def report(rules, tensors, target):
   """Returns [(our name, their names, our shape, their dtypes)]."""
   rows = []

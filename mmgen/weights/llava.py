@@ -96,8 +96,9 @@ def _recognise(tensors, beside, said, names):
   if kind not in (None, 'llava', 'llava_llama'):
     raise errors.UserError(f'config.json has model_type {kind!r}, and the '
                            "tensors have the names of a 'llava'.")
+  inputs = decoders.shape(tensors, f'{names.up}.weight')[1]
   tower = (_known_tower(shapes, own) if has_tower
-           else {'vision.size': _tower_name(tensors, names, own, sizes)})
+           else {'vision.size': _tower_name(own, inputs, sizes['width'])})
   tower['vision.tap'] = _tap(own)
   if has_tower and two_towers.asks_to_resize(
       tower | {'vision.patch': shapes['patch']}, tower,
@@ -161,12 +162,17 @@ def _known_tower(shapes, own):
           'vision.norm_eps': 1e-5, 'vision.image_size': shapes['image_size']}
 
 
-def _tower_name(tensors, names, own, sizes):
-  """The published tower that a config names, or that LLaVA-1.5 has."""
+def _tower_name(own, inputs, width):
+  """The published tower that a config names, or that LLaVA-1.5 has.
+
+  Args:
+    own: config.json, {} for none.
+    inputs: width of what the connector reads.
+    width: of the decoder.
+  """
   if own:
     return _TOWERS.get(str(own.get('mm_vision_tower')).rpartition('/')[2])
-  width = decoders.shape(tensors, f'{names.up}.weight')[1]
-  return 'clip-l14-336' if (width, sizes['width']) in (
+  return 'clip-l14-336' if (inputs, width) in (
       (1024, 4096), (1024, 5120)) else None
 
 
@@ -206,6 +212,37 @@ def _image(config, beside):
   return dict(size=config.vision.image_size,
               fit='expand' if aspect == 'pad' else 'clip', kernel='bicubic',
               mean=config.vision.mean, std=config.vision.std)
+
+
+def seeing(decoder, link, inputs, beside):
+  """The model of a decoder and a connector that come in files of their own.
+
+  Args:
+    decoder: its config.
+    link: config of the connector.
+    inputs: width of what it reads.
+    beside: {name: content} of the JSON files beside it; the authors'
+      config.json names the image tower.
+
+  Returns:
+    A `MultimodalConfig`.
+
+  Raises:
+    UserError: nothing tells the tower, or it is not known here.
+  """
+  own = beside.get('config.json', {})
+  own = own if own.get('model_type') else {}
+  name = _tower_name(own, inputs, decoder.width)
+  if name is None:
+    raise errors.UserError(
+        f'the connector reads {inputs} numbers of an image tower that the '
+        f"authors' config.json beside it calls {own.get('mm_vision_tower')!r}; "
+        f'known: {", ".join(_TOWERS)}.')
+  return decoders.make(multimodal.MultimodalConfig, dict(
+      decoder=decoder,
+      connector=dataclasses.replace(link, width=decoder.width),
+      vision=decoders.make(
+          vision_encoder.sized, dict(size=name, tap=_tap(own)))))
 
 
 # ---------------------------------------------------------------------------

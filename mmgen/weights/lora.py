@@ -2,15 +2,9 @@
 
   peft   adapter_model.safetensors or .bin, with adapter_config.json beside it
 
-  base = weights.load('vicuna-7b')
-  adapters = weights.load('my-adapters')
-  both = weights.lora.attach(base, adapters)     # to use, or to train on
-  one = weights.lora.merge(both)                 # the same without adapters
-
-LLaVA's authors store what was trained beside adapters, the connector, in
-non_lora_trainables.bin (see `llava`); `attach` takes it likewise. The format is
-that of PEFT 0.21 and before; fields of its config that change what a model
-computes and are not known here are refused.
+`assembly.py` gives them to a model. The format is that of PEFT 0.21 and before;
+fields of its config that change what a model computes and are not known here
+are refused.
 """
 
 import collections
@@ -25,12 +19,13 @@ import numpy as np
 
 from mmgen import errors
 from mmgen.models import lora
-from mmgen.models import multimodal
 from mmgen.weights import decoders
 from mmgen.weights import files
 from mmgen.weights import layout
 
 CONFIG = 'adapter_config.json'
+# Beside the adapters of LLaVA's authors: the connector.
+TRAINABLES = 'non_lora_trainables.bin'
 
 # Of our projections, as they are called within a block.
 _MODULES = {
@@ -45,10 +40,14 @@ _BEFORE = 'base_model.model.'
 _NAME = re.compile(r'(?P<before>(?:.*\.)?layers\.)\d+\.(?P<module>'
                    + '|'.join(map(re.escape, _OURS))
                    + r')\.lora_[AB](?P<infix>\.\w+)?\.weight')
-# Names of decoders, by the layout of the model that is adapted.
-_DECODERS = {'llama': decoders.PLAIN, 'llava': decoders.PLAIN,
-             'hf_llava': decoders.WITHIN, 'hf_llava_new': decoders.WITHIN_NEW}
-_SAYABLE = {'lora.alpha': "numerator of the adapters' factor; the rank is its "
+# Names of decoders, by the layout of the model that is adapted; None: it was
+# trained here. Within Emu-I a LLaMA is adapted.
+_DECODERS = {
+    None: decoders.PLAIN, 'llama': decoders.PLAIN, 'llava': decoders.PLAIN,
+    'llava_tower': decoders.PLAIN, 'hf_llava': decoders.WITHIN,
+    'hf_llava_new': decoders.WITHIN_NEW, 'hf_llava_flat': decoders.WITHIN_NEW,
+    'emu_instruct': decoders.PLAIN, 'emu_instruct_new': decoders.PLAIN}
+SAYABLE = {'lora.alpha': "numerator of the adapters' factor; the rank is its "
                           'denominator',
             'lora.dropout': "of what adapters read in training, often 0.05"}
 # Fields of PEFT's config with which outputs stay what they are; of others only
@@ -78,6 +77,11 @@ class AdapterConfig:
   block: str
   infix: str = ''
 
+  @property
+  def of_decoder(self):
+    """Whether they are of a decoder, and not of the tower beside it."""
+    return self.block in {_BEFORE + names.block for names in _DECODERS.values()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Alone:
@@ -89,13 +93,25 @@ class Alone:
 # The layout
 
 
-def _rules(config):
+def rules(names, block, infix=''):
+  """Rules of adapters.
+
+  Args:
+    names: of `models.lora.projections`.
+    block: before their names of a block's parts, with '{layer}'.
+    infix: as in `AdapterConfig`.
+  """
   swap = lambda x: (x.T,)
   return [
       layout.Rule((f'lora/blocks/{name}/{side}',),
-                  (f'{config.block}{_MODULES[name]}.lora_{side.upper()}'
-                   f'{config.infix}.weight',), swap, swap)
-      for name, _, _ in config.sizes for side in 'ab']
+                  (f'{block}{_MODULES[name]}.lora_{side.upper()}{infix}.weight',
+                   ), swap, swap)
+      for name in names for side in 'ab']
+
+
+def _rules(config):
+  return rules([name for name, _, _ in config.sizes], config.block,
+               config.infix)
 
 
 def _build(config, dtype):
@@ -117,7 +133,7 @@ def _recognise(tensors, beside, said):
   _refuse(own)
   known = decoders.settle(
       {'lora.alpha': own.get('lora_alpha'),
-       'lora.dropout': own.get('lora_dropout', 0.0)}, said, _SAYABLE)
+       'lora.dropout': own.get('lora_dropout', 0.0)}, said, SAYABLE)
   most = lambda group: collections.Counter(
       match[group] or '' for match in found).most_common(1)[0][0]
   block, infix = most('before') + '{layer}.', most('infix')
@@ -128,11 +144,15 @@ def _recognise(tensors, beside, said):
            or any(theirs.endswith(target) for target in asked)]
   of = lambda name, side: decoders.shape(
       tensors, f'{block}{_MODULES[name]}.lora_{side}{infix}.weight')
-  ranks = collections.Counter(of(name, 'A')[0] for name in names)
+  rank = collections.Counter(
+      of(name, 'A')[0] for name in names).most_common(1)[0][0]
+  if own.get('r') not in (None, rank):
+    raise errors.UserError(f'{CONFIG} says r={own["r"]!r}, and the adapters '
+                           f'beside it have the rank {rank}.')
   return AdapterConfig(
       lora=decoders.make(lora.LoraConfig, dict(
-          rank=own.get('r') or ranks.most_common(1)[0][0],
-          pattern='|'.join(names), **decoders.within(known, 'lora'))),
+          rank=rank, pattern='|'.join(names),
+          **decoders.within(known, 'lora'))),
       layers=decoders.layers(tensors, block), block=block, infix=infix,
       sizes=tuple((name, of(name, 'A')[1], of(name, 'B')[0])
                   for name in names))
@@ -151,85 +171,41 @@ def _refuse(own):
         f'{CONFIG} asks for {", ".join(odd)}, which is not supported.')
 
 
-def describe(config, family):
-  """Says how adapters that were trained here are stored.
+def describe(config, family=None, names=()):
+  """Says how the adapters of a model are stored by themselves.
 
   Args:
     config: a `MultimodalConfig` with adapters.
-    family: a layout of the model that they adapt, in `weights.FAMILIES`.
+    family: layout of the model that they adapt, in `weights.FAMILIES`; None for
+      the names that LLaMA and LLaVA's authors have.
+    names: of their tensors, where they came from files.
 
   Returns:
     An `AdapterConfig`.
 
   Raises:
-    UserError: PEFT's adapters of such a model are not known here.
+    UserError: the model has none, or PEFT's adapters of such a model are not
+      known here.
   """
+  if config.lora is None:
+    raise errors.UserError('the model has no adapters.')
   if family not in _DECODERS:
+    known = ', '.join(filter(None, _DECODERS))
     raise errors.UserError(f'adapters of the layout {family!r} are not known; '
-                           f'known: {", ".join(_DECODERS)}.')
+                           f'known: {known}.')
+  found = [match for match in map(_NAME.fullmatch, names)
+           if match and match['before'].startswith(_BEFORE)]
+  block, infix = (f'{found[0]["before"]}{{layer}}.', found[0]['infix'] or ''
+                  ) if found else (_BEFORE + _DECODERS[family].block, '')
   stack = config.decoder.stack
   return AdapterConfig(
-      config.lora, stack.layers, block=_BEFORE + _DECODERS[family].block,
+      config.lora, stack.layers, block=block, infix=infix,
       sizes=tuple((name, *sizes) for name, sizes in
                   lora.targets(config.lora, stack).items()))
 
 
 # ---------------------------------------------------------------------------
-# Models with adapters
-
-
-def attach(base, *others):
-  """Gives a model adapters, or parts, that were loaded apart from it.
-
-  Args:
-    base: a `weights.Loaded` of a decoder.
-    *others: such of adapters, and of a connector.
-
-  Returns:
-    A `weights.Loaded` like the base.
-
-  Raises:
-    UserError: lists all that does not fit the base.
-  """
-  config, params, adapters = base.model.config, dict(base.params), None
-  if not isinstance(config, multimodal.MultimodalConfig):
-    raise errors.UserError(f'a model of the layout {base.layout!r} has no '
-                           'decoder that could be given adapters.')
-  for other in others:
-    if isinstance(other.model, Alone):
-      adapters = other.model.config.lora
-    params |= other.params
-  fits = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-          for name, leaf in _flat(base.params).items()}
-  if adapters is not None:
-    config = dataclasses.replace(config, lora=adapters)
-    fits |= _flat({'lora': jax.eval_shape(
-        lambda key: lora.init(key, adapters, config.decoder.stack),
-        jax.random.key(0))})
-  found, lines = _flat(params), []
-  for name in sorted(found.keys() | fits.keys()):
-    if name not in found:
-      lines.append(f'{name} is missing')
-    elif name not in fits:
-      lines.append(f'the model has no {name}')
-    elif found[name].shape != fits[name].shape:
-      lines.append(f'{name} is {list(found[name].shape)}, not '
-                   f'{list(fits[name].shape)}')
-  if lines:
-    raise errors.UserError(
-        f'what is to be attached does not fit the model: {"; ".join(lines)}.')
-  return dataclasses.replace(
-      base, model=base.model.clone(config=config), params=params,
-      report=[*base.report, *(row for other in others for row in other.report)])
-
-
-def merge(loaded):
-  """Folds the adapters of a `weights.Loaded` into its matrices."""
-  config = loaded.model.config
-  return dataclasses.replace(
-      loaded, model=loaded.model.clone(
-          config=dataclasses.replace(config, lora=None)),
-      params=lora.merge(loaded.params, config.lora))
+# Files
 
 
 def export(folder, config, params, dtypes='float32', own=None):

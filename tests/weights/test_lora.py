@@ -24,33 +24,11 @@ from mmgen.weights import files
 from mmgen.weights import lora
 
 FOLDER = reference.GOLDEN / 'weights'
-LLAMA = dict(model_type='llama', num_attention_heads=9, rms_norm_eps=1e-5)
-# As PEFT wrote it when LLaVA-1.5 was published.
-LLAVA = dict(
-    base_model_name_or_path='lmsys/vicuna-7b-v1.5', bias='none',
-    fan_in_fan_out=False, inference_mode=True, init_lora_weights=True,
-    layers_pattern=None, layers_to_transform=None, lora_alpha=10,
-    lora_dropout=0.05, modules_to_save=None, peft_type='LORA', r=5,
-    revision=None, task_type='CAUSAL_LM', target_modules=[
-        'down_proj', 'o_proj', 'v_proj', 'q_proj', 'gate_proj', 'up_proj',
-        'k_proj'])
 
 
 def bits(path):
   return {name: (tensor.dtype, tensor.shape, tensor.array().tobytes())
           for name, tensor in files.open(path).items()}
-
-
-def base(folder):
-  return weights.load(published_files.save(
-      folder, reference.load('llama_tiny')[1], LLAMA))
-
-
-def llava(folder):
-  """The authors' folder of adapters, with its two other files."""
-  shutil.copytree(FOLDER / 'peft_llava', folder)
-  (folder / lora.CONFIG).write_text(json.dumps(LLAVA))
-  return folder
 
 
 @pytest.mark.parametrize('name', ['heads', 'all'])
@@ -59,14 +37,14 @@ def test_adapters_of_peft_give_its_outputs(name, tmp_path):
   loaded = weights.load(FOLDER / f'peft_{name}')
   assert loaded.layout == 'peft' and len(loaded.report) == 2 * len(
       loaded.model.config.sizes)
-  both = lora.attach(base(tmp_path / 'base'), loaded)
+  both = weights.attach(tiny_lora.base(tmp_path / 'base'), loaded)
   assert both.layout == 'llama'
   want = tiny_lora.options(name)
   got = both.model.config.lora
   assert (got.rank, got.alpha, got.dropout) == (
       want['rank'], want['alpha'], want['dropout'])
-  merged = lora.merge(both)
-  assert merged.model.config == base(tmp_path / 'again').model.config
+  merged = weights.merge(both)
+  assert merged.model.config == tiny_lora.base(tmp_path / 'again').model.config
   batch = tiny_lora.batch(arrays['tokens'])
   with jax.default_matmul_precision('highest'):
     for one in (both, merged):
@@ -129,7 +107,7 @@ def test_names_of_other_decoders(family, before, infix, targets, tmp_path):
 
 def test_adapters_and_connector_of_llava(tmp_path):
   """Both files of a folder; each tensor is where the golden run has it."""
-  folder = llava(tmp_path / 'in')
+  folder = tiny_lora.llava(tmp_path / 'in')
   adapters = weights.load(folder)
   connector = weights.load(folder / 'non_lora_trainables.bin')
   assert (adapters.layout, connector.layout) == ('peft', 'llava_trainables')
@@ -182,27 +160,6 @@ def test_all_that_is_wrong_with_a_file_is_one_error(tmp_path):
   assert str(caught.value).count(';') == 8
 
 
-def test_all_that_does_not_fit_a_model_is_one_error(tmp_path):
-  model = tiny_lora.build(tiny_lora.options('all'), hidden=50, kv_heads=1)
-  lora.export(tmp_path / 'other', lora.describe(model.config, 'llama'),
-              tiny_lora.params(model))
-  other, small = weights.load(tmp_path / 'other'), base(tmp_path / 'base')
-  with pytest.raises(errors.UserError) as caught:
-    lora.attach(small, other)
-  for part in ('attention/key/b is [3, 5, 4], not [3, 5, 12]',
-               'attention/value/b is [3, 5, 4], not [3, 5, 12]',
-               'mlp/down/a is [3, 50, 5], not [3, 52, 5]',
-               'mlp/gate/b is [3, 5, 50], not [3, 5, 52]', 'mlp/up/b is'):
-    assert part in str(caught.value), part
-  assert str(caught.value).count(';') == 4
-  with pytest.raises(errors.UserError, match='the model has no connector/down'):
-    lora.attach(small, weights.load(
-        FOLDER / 'peft_llava' / 'non_lora_trainables.bin'))
-  clip = weights.load(FOLDER / 'hf_clip_square')
-  with pytest.raises(errors.UserError, match="layout 'hf_clip' has no decoder"):
-    lora.attach(clip, other)
-
-
 @pytest.mark.parametrize('fields, message', [
     (dict(use_dora=True), 'asks for use_dora=True, which is not supported'),
     (dict(use_rslora=True, bias='all'), "bias='all', use_rslora=True, which"),
@@ -211,7 +168,7 @@ def test_all_that_does_not_fit_a_model_is_one_error(tmp_path):
     (dict(init_lora_weights='pissa'), "init_lora_weights='pissa'"),
     (dict(peft_type='IA3'), "peft_type='IA3'"),
     (dict(a_new_option=0.5), 'a_new_option=0.5'),
-    (dict(r=-1), 'no such model exists: model.lora.rank: -1'),
+    (dict(r=-1), 'says r=-1, and the adapters beside it have the rank 16'),
     (dict(lora_alpha=None), r"tell lora.alpha \(numerator.*Say so"),
 ])
 def test_configs_that_ask_for_something_else(fields, message, tmp_path):
