@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import published_files
 import pytest
 import reference
+import test_emu
 import test_llava
 import test_train
 import tiny_lora
@@ -218,7 +220,7 @@ def test_adapters_start_from_files_and_from_runs(whole, tmp_path):
   assert str(caught.value).count(';') == 13
 
 
-def test_no_decoder_leaves_its_adapters_behind(whole):
+def test_no_decoder_leaves_its_adapters_behind(whole, tmp_path):
   mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1, sequence=1),
                             jax.devices()[:1])
   params = sharding.named_leaves(checkpoint.load_params(whole[0]))
@@ -229,6 +231,19 @@ def test_no_decoder_leaves_its_adapters_behind(whole):
     with pytest.raises(errors.UserError, match='was trained with adapters, '):
       inherit.inherit(some, parents, mesh)
   inherit.inherit(plain, {'vision': whole[0]}, mesh)
+  model, params = test_emu.build('emu_oblong')
+  params, path = sharding.named_leaves(params), tmp_path / 'emu'
+  published_files.save(path, tiny_lora.emu_instruct(
+      test_emu.golden('emu_oblong')[1]))
+  with pytest.raises(errors.UserError, match='was trained with adapters, .*'
+                     'mmgen.convert --merge'):
+    inherit.inherit(params, {'all': path}, mesh, None, vars(model.config))
+
+
+def test_adapters_come_with_their_decoder(whole):
+  mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1, sequence=1),
+                            jax.devices()[:1])
+  params = sharding.named_leaves(checkpoint.load_params(whole[0]))
   for parents in ({'all': whole[0]},
                   {'decoder': whole[0], 'lora': whole[0]}):
     found, _ = inherit.inherit(params, parents, mesh)

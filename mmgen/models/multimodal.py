@@ -394,11 +394,13 @@ def _emu2(vocab, pool):
 
 
 # Emu: arXiv 2307.05222; Emu2: arXiv 2312.13286; released code. Emu-I and
-# Emu2-Chat have two words more, [USER] and [ASSISTANT]. Emu2-Chat makes cells
-# of 2 x 2 patches of a picture, but of 4 x 4 of a video's, which is not here.
+# Emu2-Chat have two words more, [USER] and [ASSISTANT]; Emu-I is adapters on
+# top of Emu. Emu2-Chat makes cells of 2 x 2 patches of a picture, but of 4 x 4
+# of a video's, which is not here.
 SIZES = {
     'emu': _emu(32004),
-    'emu-i': _emu(32006),
+    'emu-i': dataclasses.replace(_emu(32006), lora=lora_lib.LoraConfig(
+        rank=16, alpha=16, dropout=0.05, pattern='^attention/')),
     'emu2': _emu2(32272, pool=4),
     'emu2-chat': _emu2(32274, pool=2),
     'emu2-gen': _emu2(32272, pool=4),

@@ -76,7 +76,7 @@ def inherit(params, parents, mesh, sources=None, configs=None):
       nothing is read of a part that does not fit. Or weights that cannot be
       read.
   """
-  _check_adapters(params, parents)
+  _check_adapters(params, parents, configs or {})
   new, report, wrong = dict(params), {}, []
   for part in sorted(parents, key=lambda part: part != ALL):
     folder = parents[part]
@@ -162,7 +162,7 @@ def _compare(wanted, parent, folder, grids):
   return lines, wrong
 
 
-def _check_adapters(params, parents):
+def _check_adapters(params, parents, configs):
   """Checks that no decoder comes without the adapters it was trained with.
 
   Raises:
@@ -172,12 +172,25 @@ def _check_adapters(params, parents):
   for part in {ALL, 'decoder'} & parents.keys():
     folder = parents[part]
     same = own and str(parents.get('lora', parents.get(ALL))) == str(folder)
-    if not same and _is_run(folder) and 'lora' in checkpoint.parts(folder):
+    if not same and _has_adapters(folder, part, configs):
       raise errors.UserError(
           f'config.init.{part}: the decoder of {folder} was trained with '
           'adapters, which this run does not take. Give it the same '
-          'config.model.lora and config.init.lora, or start it from a '
-          'folder in which they are merged.')
+          'config.model.lora and config.init.lora, or start it from a folder '
+          'in which they are merged, as python -m mmgen.convert --merge makes '
+          'it.')
+
+
+def _has_adapters(folder, part, configs):
+  """Whether a run, or a file of weights, has adapters beside its decoder."""
+  if _is_run(folder):
+    return 'lora' in checkpoint.parts(folder)
+  try:
+    _, config = _recognise(folder, configs if part == ALL else {
+        part: configs.get(part)})
+  except errors.UserError:
+    return False  # which is told when it is opened
+  return getattr(config, 'lora', None) is not None
 
 
 def check_vocabulary(params, parents, tokenizer):

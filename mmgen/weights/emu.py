@@ -1,15 +1,15 @@
 """Emu (arXiv 2307.05222) and Emu2 (arXiv 2312.13286) as they are published.
 
   emu               Emu, pretrained
-  emu_instruct      Emu-I, whose decoder is wrapped for LoRA
+  emu_instruct      Emu-I, whose decoder has low-rank adapters
   emu_instruct_new  the same, as PEFT writes it since 0.6
   emu2              Emu2 and Emu2-Chat
   emu2_gen          Emu2-Gen, with its U-Net beside it, which is left
   hf_emu2           all three as their code for transformers has them
 
-Import of Emu-I adds its LoRA to the matrices; export writes these, and a LoRA
-of zeros beside them. What the models never read is left: Emu's final norm and
-head of the image tower, and the word embedding of the former.
+Emu-I's adapters stay apart; `weights.merge` makes an 'emu' of it. What the
+models never read is left: Emu's final norm and head of the image tower, and the
+word embedding of the former.
 
 Emu2-Chat makes cells of 2 x 2 patches of a picture, the others of 4 x 4; their
 vocabularies tell them apart.
@@ -19,20 +19,20 @@ import dataclasses
 import functools
 import math
 
-import numpy as np
-
+from mmgen import errors
 from mmgen.models import causal_former
 from mmgen.models import clip
 from mmgen.models import connector
+from mmgen.models import lora
 from mmgen.models import multimodal
 from mmgen.models import vision_encoder
 from mmgen.models import visual_head
 from mmgen.weights import decoders
 from mmgen.weights import eva_clip
 from mmgen.weights import layout
+from mmgen.weights import lora as lora_layouts
 
-RANK = 16  # of Emu-I's LoRA; its factor is 1
-_SAYABLE = decoders.SAYABLE | {
+_SAYABLE = decoders.SAYABLE | lora_layouts.SAYABLE | {
     'vision.heads': 'of the image tower',
     'vision.image_size': '[rows, columns] of pixels',
     'vision.pool': 'patches along each edge of a cell: 4 in Emu2 and Emu2-Gen, '
@@ -50,8 +50,8 @@ class _Names:
     tower: before 'visual.'.
     head: of the visual head.
     up: of the connector; None for a causal former.
-    base: of a matrix with LoRA, before '.weight': what stands behind its name;
-      None without LoRA.
+    base: of a matrix with an adapter, before '.weight': what stands behind its
+      name; None without adapters.
   """
   decoder: decoders.Names
   tower: str
@@ -67,7 +67,13 @@ class _Names:
 def _rules(config, names):
   text = decoders.rules(config.decoder, names.decoder)
   if names.base is not None:
-    text = [_with_lora(rule, names.base) for rule in text]
+    if config.lora is None:
+      raise errors.UserError('Emu-I has adapters, and this model has none: its '
+                             "layout is 'emu'.")
+    text = [_wrapped(rule, names.base) for rule in text]
+    text += lora_layouts.rules(
+        lora.targets(config.lora, config.decoder.stack), names.decoder.block,
+        _INFIX)
   link = (_former_rules(config.connector) if names.up is None
           else layout.linear('connector/out', names.up, bias=False))
   return [*_tower_rules(config.vision, names.tower), *link,
@@ -96,25 +102,12 @@ def _former_rules(config):
       *layout.linear('connector/out', 'cformer.projection')]
 
 
-def _with_lora(rule, base):
-  """The rule of a matrix that is the sum of three; others as they are."""
+def _wrapped(rule, base):
+  """The rule of a matrix with an adapter; others as they are."""
   name = rule.theirs[0].removesuffix('.weight')
   if not name.endswith(tuple(f'self_attn.{part}_proj' for part in 'qkvo')):
     return rule
-
-  def to_ours(matrix, down, up):
-    matrix, down, up = (x.astype(np.float32) for x in (matrix, down, up))
-    return rule.to_ours(matrix + up @ down)
-
-  def to_theirs(x):
-    matrix, = rule.to_theirs(x)
-    outputs, inputs = matrix.shape
-    return (matrix, np.zeros((RANK, inputs), matrix.dtype),
-            np.zeros((outputs, RANK), matrix.dtype))
-
-  return layout.Rule(
-      rule.ours, (f'{name}{base}.weight', f'{name}.lora_A.default.weight',
-                  f'{name}.lora_B.default.weight'), to_ours, to_theirs)
+  return dataclasses.replace(rule, theirs=(f'{name}{base}.weight',))
 
 
 # ---------------------------------------------------------------------------
@@ -131,7 +124,7 @@ def _recognise(tensors, beside, said, names):
     return None
   own = beside.get('config.json', {})
   own = own if 'num_attention_heads' in own else {}
-  sizes = decoders.sizes(_without_lora(tensors, names), names.decoder, own)
+  sizes = decoders.sizes(_unwrapped(tensors, names), names.decoder, own)
   vision = _tower_sizes(tensors, tower)
   known = _known_decoder(sizes, own, names) | _known_tower(
       vision, own.get('vision_config') or {}, names)
@@ -142,6 +135,8 @@ def _recognise(tensors, beside, said, names):
     known['connector.max_distance'] = 128 if usual else None
   else:
     known.setdefault('vision.pool', _POOLS.get(sizes['vocab']))
+  if names.base is not None:
+    known |= _known_adapters(tensors, names)
   known = decoders.settle(
       known, said, {name: _SAYABLE[name] for name in known})
   vision = decoders.make(vision_encoder.VisionEncoderConfig, vision | dict(
@@ -155,17 +150,33 @@ def _recognise(tensors, beside, said, names):
               'linear', width, bias=False, border=True))
   head = visual_head.VisualHeadConfig(
       'linear', 'connector' if names.up is None else 'vision')
+  adapters = None if names.base is None else decoders.make(
+      lora.LoraConfig, dict(
+          rank=_rank(tensors, names), pattern=_ADAPTERS.pattern,
+          **decoders.within(known, 'lora')))
   return decoders.make(multimodal.MultimodalConfig, dict(
       decoder=decoders.config(sizes, known), vision=vision, connector=link,
-      visual_head=head))
+      visual_head=head, lora=adapters))
 
 
-def _without_lora(tensors, names):
-  """The tensors under the names that they have without LoRA."""
+def _unwrapped(tensors, names):
+  """The tensors under the names that they have without adapters."""
   if not names.base:
     return tensors
   return {name.replace(f'_proj{names.base}.', '_proj.'): tensor
           for name, tensor in tensors.items()}
+
+
+def _rank(tensors, names):
+  return decoders.shape(tensors, f'{names.decoder.block}self_attn.q_proj.lora_A'
+                        f'{_INFIX}.weight')[0]
+
+
+def _known_adapters(tensors, names):
+  """What shapes do not tell; those of another rank are not Emu-I's."""
+  published = _rank(tensors, names) == _ADAPTERS.rank
+  return {f'lora.{field}': getattr(_ADAPTERS, field) if published else None
+          for field in ('alpha', 'dropout')}
 
 
 def _known_decoder(sizes, own, names):
@@ -248,6 +259,8 @@ _FORMER = {
         for part in ('query', 'key', 'value', 'out')}
 _POOLS = {32272: 4, 32274: 2}
 _STYLES = {32274: 'emu2_chat'}  # the others caption
+_ADAPTERS = multimodal.SIZES['emu-i'].lora
+_INFIX = '.default'
 
 
 def _layout(names, style):

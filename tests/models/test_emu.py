@@ -18,11 +18,13 @@ import ml_collections
 import numpy as np
 import pytest
 import reference
+import tiny_lora
 
 from mmgen import config as config_lib
 from mmgen.data import document
 from mmgen.data import layout
 from mmgen.models import causal_former
+from mmgen.models import lora
 from mmgen.models import multimodal
 from mmgen.models import sampling
 from mmgen.models import vision_encoder
@@ -204,6 +206,27 @@ def test_the_decoder_and_the_head_equal_the_reference(name):
       close(state[row][slots], arrays[key][i][:n])
 
 
+def test_adapters_beside_the_matrices_give_the_same():
+  """Of an Emu-I whose matrices, with its adapters, are those of an Emu."""
+  arrays, tensors = golden('emu_oblong')
+  tensors = tiny_lora.emu_instruct(tensors, whole=True)
+  found = emu_weights.LAYOUTS['emu_instruct']
+  config = dataclasses.replace(build('emu_oblong')[0].config,
+                               lora=multimodal.SIZES['emu-i'].lora)
+  model, ours = found.build(config, 'float32')
+  params = flax.traverse_util.unflatten_dict(weights_layout.load(
+      found.rules(config), {name: Tensor(x) for name, x in tensors.items()},
+      ours), sep='/')
+  batch, places = packed('emu_oblong')
+  with jax.default_matmul_precision('highest'):
+    logits, out = jax.jit(model.apply)(
+        {'params': params}, jax.tree.map(jnp.asarray, batch))
+  for i, (row, slots) in enumerate(places):
+    n = arrays['lengths'][i]
+    close(logits[row][slots], arrays['logits'][i][:n])
+    close(out['regressed'][row][slots], arrays['regressed'][i][:n])
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_the_entry_that_the_next_slot_takes_is_the_target(name):
   arrays, _ = golden(name)
@@ -363,7 +386,8 @@ def test_variants_differ_in_words_and_cells():
   emu, emu2 = multimodal.SIZES['emu'], multimodal.SIZES['emu2']
   words = lambda config, vocab: dataclasses.replace(
       config, decoder=dataclasses.replace(config.decoder, vocab=vocab))
-  assert multimodal.SIZES['emu-i'] == words(emu, 32006)
+  assert multimodal.SIZES['emu-i'] == dataclasses.replace(
+      words(emu, 32006), lora=lora.LoraConfig(16, 16, 0.05, '^attention/'))
   assert multimodal.SIZES['emu2-gen'] == emu2
   chat = multimodal.SIZES['emu2-chat']
   assert chat == dataclasses.replace(

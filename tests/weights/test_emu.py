@@ -7,10 +7,12 @@ where the same rules fill the models that are compared with the references.
 import dataclasses
 
 import flax.traverse_util
+import ml_dtypes
 import numpy as np
 import published_files
 import pytest
 import reference
+import tiny_lora
 
 from mmgen import errors
 from mmgen import weights
@@ -82,42 +84,55 @@ def test_export_after_import_is_identical(layout, tmp_path):
     np.testing.assert_array_equal(x, loaded[1][name])
 
 
-@pytest.mark.parametrize('layout, base', [
-    ('emu_instruct', ''), ('emu_instruct_new', '.base_layer')])
-def test_lora_is_added_to_its_matrices(layout, base, tmp_path):
-  generator = np.random.default_rng(0)
+@pytest.mark.parametrize('layout, base, dtype', [
+    ('emu_instruct', '', np.float16),
+    ('emu_instruct_new', '.base_layer', ml_dtypes.bfloat16),
+    ('emu_instruct_new', '.base_layer', np.float32)])
+def test_adapters_stay_apart_until_they_are_merged(layout, base, dtype,
+                                                   tmp_path):
+  # That they give the reference's outputs is seen in models/test_emu.py.
   said, plain = tensors_of('emu')
-  tensors, merged = {}, {}
+  plain = {name: x.astype(dtype) for name, x in plain.items()
+           if name not in UNREAD}
+  tensors, merged = tiny_lora.emu_instruct(plain, base), {}
+  published_files.round_trip(tensors, tmp_path, None, layout, dtype, said)
+  loaded = weights.load(tmp_path / 'in', said=said)
+  c = loaded.model.config
+  assert c.lora == multimodal.SIZES['emu-i'].lora
+  assert len(loaded.params['lora']['blocks']['attention']) == 4
   for name, x in plain.items():
-    theirs = name.replace('decoder.lm.', WRAPPED)
-    merged[name] = x
-    if name.endswith(tuple(f'self_attn.{part}_proj.weight' for part in 'qkvo')):
-      theirs = theirs.removesuffix('.weight')
-      down = generator.standard_normal((16, x.shape[1]), np.float32)
-      up = generator.standard_normal((x.shape[0], 16), np.float32)
-      merged[name] = x + up @ down
-      tensors |= {f'{theirs}.lora_A.default.weight': down,
-                  f'{theirs}.lora_B.default.weight': up}
-      theirs = f'{theirs}{base}.weight'
-    tensors[theirs] = x
-  loaded = weights.load(published_files.save(tmp_path / 'in', tensors),
-                        said=said)
-  assert loaded.layout == layout
+    theirs = name.replace('decoder.lm.', WRAPPED).removesuffix('.weight')
+    if f'{theirs}.lora_A.default.weight' in tensors:
+      down, up = (tensors[f'{theirs}.lora_{side}.default.weight'].astype('f4')
+                  for side in 'AB')
+      x = (x.astype('f4') + up @ down)
+    merged[name] = x.astype('f4')
+  one = weights.merge(loaded)
+  assert one.layout == 'emu' and one.model.config == dataclasses.replace(
+      c, lora=None)
   expected = weights.load(published_files.save(tmp_path / 'plain', merged),
                           said=said)
   for name, x in flax.traverse_util.flatten_dict(expected.params).items():
-    got = flax.traverse_util.flatten_dict(loaded.params)[name]
-    np.testing.assert_allclose(got, x, rtol=1e-6, atol=1e-6)
-  # Out goes a file of the same names that holds the same model.
-  out = dict(weights.export(layout, loaded.model.config, loaded.params,
-                            loaded.dtypes))
-  assert out.keys() == tensors.keys() - set(UNREAD)
-  assert {x.shape for name, x in out.items() if 'lora_A' in name} == {(16, 20)}
-  assert not any(x.any() for name, x in out.items() if 'lora' in name)
-  again = weights.load(published_files.save(tmp_path / 'out', out), said=said)
-  for name, x in flax.traverse_util.flatten_dict(again.params).items():
-    np.testing.assert_array_equal(
-        x, flax.traverse_util.flatten_dict(loaded.params)[name])
+    np.testing.assert_allclose(
+        flax.traverse_util.flatten_dict(one.params)[name], x, rtol=1e-6,
+        atol=1e-6)
+  out = dict(weights.export('emu', one.model.config, one.params, one.dtypes))
+  assert out.keys() == plain.keys()
+  assert {x.dtype for x in out.values()} == {np.dtype(dtype)}
+  for config, of in ((c, 'emu'), (one.model.config, layout)):
+    with pytest.raises(errors.UserError, match="--merge|layout is 'emu'"):
+      weights.export(of, config, loaded.params, 'float32')
+
+
+def test_adapters_of_another_rank_are_asked_about():
+  said, plain = tensors_of('emu')
+  tensors = {name: x[:3] if 'lora_A' in name else x[:, :3] if 'lora_B' in name
+             else x for name, x in tiny_lora.emu_instruct(plain).items()}
+  with pytest.raises(errors.UserError, match='tell lora.alpha .*lora.dropout'):
+    published_files.recognised(tensors, said=said)
+  _, config = published_files.recognised(
+      tensors, said=said | {'lora.alpha': 6, 'lora.dropout': 0})
+  assert (config.lora.rank, config.lora.alpha) == (3, 6)
 
 
 # Of released files: of Emu's 14,208,419,072 parameters 26,119,936 are never
