@@ -8,10 +8,18 @@
   python -m mmgen.convert --check=llava-1.5-7b-hf
 
 Published weights become the checkpoint and the config of a run folder, in
-float32, with the tokenizer that lies beside them. A run folder, or a --to that
-ends in .safetensors, becomes safetensors in the layout, and each tensor in the
-dtype, that the weights came in. --check compares with the library that the
-weights are of, see mmgen/parity.py.
+float32, with the tokenizer that lies beside them. A run folder, a --to that
+ends in .safetensors, and whatever is given a --layout become safetensors in a
+published layout, each tensor in the dtype that it came in. --check compares
+with the library that the weights are of, see mmgen/parity.py.
+
+Low-rank adapters are kept beside the weights unless --merge folds them in:
+
+  python -m mmgen.convert --from=vicuna-7b --attach=my-lora --to=runs/both
+  python -m mmgen.convert --from=runs/both --layout=peft --to=my-lora-again
+  python -m mmgen.convert --from=runs/both --merge --to=merged
+  python -m mmgen.convert --from=vicuna-7b-v1.5 --attach=llava-v1.5-7b-lora \\
+      --attach=clip-vit-large-patch14-336 --to=runs/llava-lora
 """
 
 import argparse
@@ -34,6 +42,7 @@ from mmgen.models import clip
 from mmgen.models import multimodal
 from mmgen.training import checkpoint
 from mmgen.weights import files
+from mmgen.weights import lora
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
 # Of a converted decoder; its cache is only as long as a prompt and its answer.
@@ -60,9 +69,7 @@ def to_run(loaded, folder, source, tokenizer=None):
       'vision' not in loaded.params):
     raise errors.UserError(
         f'{source} has the layout {loaded.layout}, which is not a whole model. '
-        "Start a row's parts from it, init.<part>='file:...', load it with "
-        'mmgen.weights.load, or write it anew with a --to that ends in '
-        '.safetensors.')
+        + _what_lacks(loaded, source))
   stored = _tokenizer(tokenizer or loaded.tokenizer, config, kind)
   flat = config_lib.flatten(_run_config(loaded, kind))
   notes = dict(source=str(source), layout=loaded.layout, beside=loaded.beside,
@@ -78,6 +85,21 @@ def to_run(loaded, folder, source, tokenizer=None):
     (path / 'weights.txt').write_text(''.join(
         f'{ours} {list(shape)} <- {" ".join(theirs)} ({dtypes})\n'
         for ours, theirs, shape, dtypes in loaded.report))
+
+
+def _what_lacks(loaded, source):
+  """What to do about weights that are not a whole model."""
+  if 'lora' in loaded.params and 'decoder' not in loaded.params:
+    own = loaded.beside.get(lora.CONFIG, {}).get('base_model_name_or_path')
+    return ('They are adapters: give the weights that they were trained on'
+            f'{f", {own}," if own else ""} with --from, and them with '
+            f'--attach={source}.')
+  if 'decoder' in loaded.params:
+    return ('Its image tower is a CLIP as it was published: give that with '
+            '--attach=PATH.')
+  return ("Start a row's parts from it, init.<part>='file:...', load it with "
+          'mmgen.weights.load, or write it anew with a --to that ends in '
+          '.safetensors.')
 
 
 def _tokenizer(path, config, kind):
@@ -127,44 +149,86 @@ def _run_config(loaded, kind):
 
 
 def from_run(folder):
-  """Reads a run folder.
+  """Reads a run folder as `weights.load` reads files.
 
   Returns:
-    (model config, parameters, notes): notes of `to_run`, {} of a trained run.
+    A `weights.Loaded`; of a run that was trained here, its layout is None.
   """
   params = checkpoint.load_params(folder)
   config = run_folder.read_config(folder)
   vocab = len(params['text']['token_embedding']['embedding']
               if config.model.name == 'clip' else
               params['decoder']['embedding'])
-  model = config_lib.build_model(config, vocab)
-  return model.config, params, checkpoint.load_extras(folder).get('weights', {})
+  notes = checkpoint.load_extras(folder).get('weights', {})
+  return weights.Loaded(
+      model=config_lib.build_model(config, vocab), params=params, image={},
+      tokenizer=None, layout=notes.get('layout'), dtypes={
+          name: np.dtype(x) for name, x in notes.get('dtypes', {}).items()},
+      beside=notes.get('beside', {}), report=[])
 
 
-def export(config, params, notes, to, layout, dtype):
-  """Writes parameters in a published layout.
+def export(loaded, to, layout=None, dtype=None):
+  """Writes a model in a published layout.
 
   Args:
-    config: of the model.
-    params: its parameters.
-    notes: layout, dtypes, and JSON files to lay beside, where they came from
-      published weights.
+    loaded: a `weights.Loaded`.
     to: path of a .safetensors file or of a folder.
-    layout: a name of `weights.FAMILIES`, or None for that of the notes.
-    dtype: of all tensors, or None for those of the notes.
+    layout: a name of `weights.FAMILIES`, 'peft' for adapters alone; by default
+      its own.
+    dtype: of all tensors; by default that of each in the file that it came
+      from.
+
+  Returns:
+    Parts of the model that were left out.
   """
-  layout = layout or notes.get('layout')
+  layout, to = layout or loaded.layout, pathlib.Path(to)
   if layout is None:
     raise errors.UserError('this run was trained here: say --layout, one of '
                            f'{", ".join(weights.FAMILIES)}')
-  same = layout == notes.get('layout')
-  dtypes = dtype or ({name: np.dtype(x) for name, x in notes['dtypes'].items()}
-                     if same else 'float32')
-  files.write(to, weights.export(layout, config, params, dtypes),
-              metadata={'format': 'pt'})
-  if same and pathlib.Path(to).is_dir():
-    for name, content in notes['beside'].items():
-      (pathlib.Path(to) / name).write_text(json.dumps(content, indent=2) + '\n')
+  if layout == 'peft':
+    return _export_adapters(loaded, to, dtype)
+  files.write(
+      to, weights.export(layout, loaded.model.config, loaded.params,
+                         dtype or weights.dtypes_in(loaded, layout)),
+      metadata={'format': 'pt'})
+  if layout == loaded.layout and to.is_dir():
+    _write_beside(loaded, to)
+  return []
+
+
+def _export_adapters(loaded, to, dtype):
+  """As `export`, adapters as PEFT writes them.
+
+  If the connector came beside them, or was trained here as theirs may be, it
+  lies there as in the folders of LLaVA's authors.
+  """
+  config, params = loaded.model.config, loaded.params
+  own = (config if isinstance(config, lora.AdapterConfig) else
+         lora.describe(config, loaded.layout, loaded.dtypes))
+  left = [part for part in params if part != 'lora']
+  dtypes = dtype or weights.dtypes_in(loaded, 'peft', own)
+  if to.suffix == '.safetensors':
+    files.write(to, weights.export('peft', own, {'lora': params['lora']},
+                                   dtypes), metadata={'format': 'pt'})
+    return left
+  lora.export(to, own, params, dtypes, loaded.beside.get(lora.CONFIG))
+  dtypes = weights.dtypes_in(loaded, 'llava_trainables')
+  if 'connector' in params and (
+      dtypes.keys() <= loaded.dtypes.keys()
+      or loaded.layout is None and config.connector.name == 'mlp'):
+    files.write(to / lora.TRAINABLES, weights.export(
+        'llava_trainables', config, {'connector': params['connector']},
+        dtype or dtypes))
+    left.remove('connector')
+    _write_beside(loaded, to)
+  return left
+
+
+def _write_beside(loaded, folder):
+  """The JSON files that lay beside weights; PEFT's is written with adapters."""
+  for name, content in loaded.beside.items():
+    if name != lora.CONFIG:
+      (folder / name).write_text(json.dumps(content, indent=2) + '\n')
 
 
 def _said(entries):
@@ -190,13 +254,21 @@ def _parser():
   add('--from', dest='source', metavar='PATH',
       help='published weights (file, index or folder), or a run folder')
   add('--to', metavar='PATH', help='what to write; it must not exist yet')
+  add('--attach', action='append', default=[], metavar='PATH',
+      help='what belongs to the weights and lies elsewhere, once for each: '
+      "adapters (a folder of PEFT or of LLaVA's authors), a connector "
+      '(mm_projector.bin), the CLIP of an image tower')
+  add('--merge', action='store_true',
+      help='fold adapters into the weights that they stand beside')
   add('--say', action='append', default=[], metavar='FIELD=VALUE',
       help='what the weights cannot tell; an error says what is needed')
   add('--tokenizer', metavar='PATH',
       help='a tokenizer.json or tokenizer.model for the run folder (default: '
       'that beside the weights)')
-  add('--layout', choices=weights.FAMILIES,
-      help='to export in (default: what the weights came in)')
+  add('--layout', choices=weights.FAMILIES, metavar='LAYOUT',
+      help='write weights in this layout, not a run folder (default: what the '
+      'weights came in). peft: adapters alone; else one of '
+      + ', '.join(name for name in weights.FAMILIES if name != 'peft'))
   add('--dtype', choices=_DTYPES,
       help='of what is written (default: float32 in a run folder, else as in '
       'the file that the weights came from)')
@@ -221,30 +293,61 @@ def main(argv=None):
       (args.source is None) != (args.to is None)):
     parser.error('give --from and --to, or --check')
   if args.check is not None:
+    if args.attach or args.merge:
+      parser.error('--attach and --merge are for --from and --to')
     return parity.check(
         args.check, rich_console.Console(), said=_said(args.say),
         tolerance=args.tolerance, stages=args.stages, against=args.against)
   if pathlib.Path(args.to).exists():
     raise errors.UserError(f'--to={args.to} exists already; give another path')
   is_run = (pathlib.Path(args.source) / 'checkpoints').exists()
-  single = args.to.endswith('.safetensors')
-  if is_run:
-    export(*from_run(args.source), args.to, args.layout, args.dtype)
+  out = is_run or args.layout or args.to.endswith('.safetensors')
+  loaded = _open(args, is_run, (None if out else args.dtype) or 'float32')
+  left = []
+  if out:
+    left = export(loaded, args.to, args.layout, args.dtype)
   else:
-    dtype = (None if single else args.dtype) or 'float32'
-    loaded = weights.load(args.source, said=_said(args.say), dtype=dtype)
-    if single:
-      notes = dict(layout=loaded.layout, dtypes=loaded.dtypes)
-      export(loaded.model.config, loaded.params, notes, args.to, args.layout,
-             args.dtype)
-    else:
-      if args.tokenizer == '':
-        loaded = dataclasses.replace(loaded, tokenizer=None)
-      to_run(loaded, args.to, args.source, args.tokenizer)
-    size = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
-    print(f'{args.source}: {loaded.layout}, {size:,} parameters')
-  print(f'{args.to}: written')
+    if args.tokenizer == '':
+      loaded = dataclasses.replace(loaded, tokenizer=None)
+    to_run(loaded, args.to, args.source, args.tokenizer)
+  kind = loaded.layout or 'trained here'
+  size = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+  print(f'{args.source}: {kind}, {size:,} parameters')
+  print(f'{args.to}: written'
+        + (f', without {", ".join(left)}' if left else ''))
   return 0
+
+
+def _open(args, is_run, dtype):
+  """The model that a command speaks of: all its files, adapters as asked for.
+
+  Args:
+    args: of the command.
+    is_run: whether --from is a run folder.
+    dtype: of its parameters.
+
+  Returns:
+    A `weights.Loaded`.
+  """
+  said, others = _said(args.say), []
+  for path in map(pathlib.Path, args.attach):
+    beside = path / lora.TRAINABLES  # load opens one file of a folder
+    for file in (path, beside) if (path / lora.CONFIG).exists() and (
+        beside.exists()) else (path,):
+      others.append(_load_answered(file, said, dtype))
+  loaded = (from_run(args.source) if is_run else
+            weights.load(args.source, said=said, dtype=dtype))
+  loaded = weights.attach(loaded, *others) if others else loaded
+  return weights.merge(loaded) if args.merge else loaded
+
+
+def _load_answered(path, said, dtype):
+  """Loads weights, and takes from `said` what they ask for."""
+  try:
+    return weights.load(path, dtype=dtype)
+  except errors.Unsaid as error:
+    mine = {field: said.pop(field) for field in error.fields if field in said}
+    return weights.load(path, said=mine, dtype=dtype)
 
 
 # Of what a run folder can be made, by `config.model.name`.
