@@ -121,23 +121,37 @@ def _doubled(config):
 # Which model it is
 
 
-def _recognise(tensors, beside, said, aligned):
-  """The `MultimodalConfig` or `AlignedConfig`, or None."""
-  if f'{_TOWER}local_attention.q.1.weight' not in tensors or aligned != any(
-      name.startswith(f'{_ALIGNER}norm_layer.') for name in tensors):
-    return None
+def _decoder(tensors, beside, said, kind, published, **usual):
+  """The `DecoderConfig`, or None.
+
+  Args:
+    tensors, beside, said: as for `Layout.recognise`.
+    kind: the model_type of config.json.
+    published: of `decoder.SIZES`, that it is made of.
+    **usual: as for `decoders.refuse`.
+  """
   own = beside.get('config.json', {})
   own = own if own.get('model_type') else {}
   sizes = decoders.sizes(tensors, decoders.PLAIN, own)
   if sizes is None:
     return None
-  if own.get('model_type') not in (None, 'eve'):
+  if own.get('model_type') not in (None, kind):
     raise errors.UserError(f'config.json has model_type {own["model_type"]!r}, '
-                           "and the tensors have the names of an 'eve'.")
-  decoders.refuse(own, mm_projector_type=('mlp2x_gelu',))
-  known = decoders.settle(
-      decoders.known(sizes, own, ('vicuna-7b',)), said, decoders.SAYABLE)
-  text = decoders.config(sizes, known)
+                           f'and the tensors have the names of an {kind!r}.')
+  decoders.refuse(own, **usual)
+  return decoders.config(sizes, decoders.settle(
+      decoders.known(sizes, own, (published,)), said, decoders.SAYABLE))
+
+
+def _recognise(tensors, beside, said, aligned):
+  """The `MultimodalConfig` or `AlignedConfig`, or None."""
+  if f'{_TOWER}local_attention.q.1.weight' not in tensors or aligned != any(
+      name.startswith(f'{_ALIGNER}norm_layer.') for name in tensors):
+    return None
+  text = _decoder(tensors, beside, said, 'eve', 'vicuna-7b',
+                  mm_projector_type=('mlp2x_gelu',))
+  if text is None:
+    return None
   width, _, patch, _ = decoders.shape(
       tensors, f'{_TOWER}patch_embedding.weight', 4)
   pictures = beside.get('preprocessor_config.json', {})
@@ -159,21 +173,13 @@ def _recognise_v2(tensors, beside, said):
   """The `MultimodalConfig`, or None."""
   if f'{_TOWER}patch_embedding.2.weight' not in tensors:
     return None
-  own = beside.get('config.json', {})
-  own = own if own.get('model_type') else {}
-  sizes = decoders.sizes(tensors, decoders.PLAIN, own)
-  if sizes is None:
+  text = _decoder(tensors, beside, said, 'eve-qwen2', 'qwen2.5-7b')
+  if text is None:
     return None
-  if own.get('model_type') not in (None, 'eve-qwen2'):
-    raise errors.UserError(f'config.json has model_type {own["model_type"]!r}, '
-                           "and the tensors have the names of an 'eve-qwen2'.")
-  known = decoders.settle(
-      decoders.known(sizes, own, ('qwen2.5-7b',)), said, decoders.SAYABLE)
   block = decoders.PLAIN.block
   parts = tuple(part for part, name in _PARTS.items() if decoders.any_of(
       tensors, f'{block}{name}.weight'))
-  text = dataclasses.replace(decoders.config(sizes, known),
-                             modality_weights=parts)
+  text = dataclasses.replace(text, modality_weights=parts)
   shape = functools.partial(decoders.shape, tensors, axes=4)
   hidden, _, patch, _ = shape(f'{_TOWER}patch_embedding.0.weight')
   return decoders.make(multimodal.MultimodalConfig, dict(
