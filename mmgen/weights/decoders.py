@@ -19,6 +19,7 @@ import jax
 from mmgen import errors
 from mmgen.models import decoder
 from mmgen.models import multimodal
+from mmgen.weights import answers
 from mmgen.weights import layout
 
 SAYABLE = {
@@ -249,19 +250,9 @@ def settle(known, said, sayable):
   Raises:
     UserError: something is not known, or cannot be said.
   """
-  for field in said:
-    if field not in sayable:
-      raise errors.UserError(f'{field} cannot be said of this model; what can: '
-                             f'{", ".join(sayable)}.')
-  known = known | {field: tuple(value) if isinstance(value, list) else value
-                   for field, value in said.items()}
-  asked = sorted(field for field, value in known.items() if value is None)
-  if asked:
-    raise errors.Unsaid(
-        'neither the tensors nor a config.json beside them tell '
-        + ' and '.join(f'{field} ({sayable[field]})' for field in asked)
-        + f'. Say so: --say={asked[0]}=..., or said={{{asked[0]!r}: ...}}.',
-        asked)
+  known = known | answers.take(said, sayable, 'this model')
+  answers.ask((field for field, value in known.items() if value is None),
+             sayable)
   return known
 
 

@@ -21,6 +21,7 @@ from mmgen import errors
 from mmgen.models import clip
 from mmgen.models import text_encoder
 from mmgen.models import vision_encoder
+from mmgen.weights import answers
 
 TOWERS = {'vision': vision_encoder.SIZES, 'text': text_encoder.SIZES}
 
@@ -80,23 +81,13 @@ def recognise(tensors, beside, said, *, rules, base, stated,
   said = dict(said)
   if asks_to_resize(known, facts, said.get('vision.image_size')):
     del said['vision.image_size']
-  for field, value in said.items():
-    if field not in sayable:
-      what = 'CLIP' if len(towers) > 1 else 'an image tower'
-      raise errors.UserError(f'{field} cannot be said of {what}; what can: '
-                             f'{", ".join(sayable)}.')
-    value = tuple(value) if isinstance(value, list) else value
+  what = 'CLIP' if len(towers) > 1 else 'an image tower'
+  for field, value in answers.take(said, sayable, what).items():
     known |= {f'{tower}.mlp': value for tower in towers
               } if field == 'mlp' else {field: value}
   both = 'mlp' in sayable  # the towers are asked for as one
-  asked = sorted({'mlp' if both and field.endswith('.mlp') else field
-                  for field, value in known.items() if value is None})
-  if asked:
-    raise errors.Unsaid(
-        'neither the tensors nor a JSON file beside them tell '
-        + ' and '.join(f'{field} ({sayable[field]})' for field in asked)
-        + f'. Say so: --say={asked[0]}=..., or said={{{asked[0]!r}: ...}}.',
-        asked)
+  answers.ask(('mlp' if both and field.endswith('.mlp') else field
+              for field, value in known.items() if value is None), sayable)
   return _replace(base, {field: None if value == 'none' else value
                          for field, value in known.items()})
 
