@@ -349,7 +349,7 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD, mask, positions_BT=None, cache=None, taps=(),
-               adapters=None, factors_BL2=None, visual_BT=None):
+               adapters=None, factors_BL2=None, visual_BT=None, stop=None):
     """Runs all blocks, then the final norm.
 
     Args:
@@ -367,6 +367,7 @@ class Stack(nn.Module):
         `draw_branches` in training; None for 1.
       visual_BT: bool, slots of pictures; None for none. Read only if the
         config has `modality_weights`.
+      stop: blocks to run, from the first; default all. Not beside a cache.
 
     Returns:
       ([B, T, D], out) with out['taps'] = {tap: [B, T, D]}, out['cache'] if a
@@ -381,12 +382,15 @@ class Stack(nn.Module):
     if cache is not None and mask.query_positions_BT is None:
       raise ValueError('Stack: with a cache, Mask.query_positions_BT must say '
                        'which slots are written; it is missing.')
-    if not all(0 <= tap <= c.layers for tap in taps):
-      raise ValueError(f'Stack: taps {taps}; allowed: 0 to {c.layers}.')
+    last = c.layers if stop is None else stop
+    if not all(0 <= tap <= last for tap in taps):
+      raise ValueError(f'Stack: taps {taps}; allowed: 0 to {last}.')
 
     # What differs from layer to layer, along the first axis of every leaf.
     blocks = (self.param('blocks', _init_blocks, c), adapters,
               None if factors_BL2 is None else factors_BL2.swapaxes(0, 1))
+    if last < c.layers:
+      blocks = jax.tree.map(lambda leaf: leaf[:last], blocks)
     routes = (modality.route(visual_BT)
               if c.modality_weights and visual_BT is not None else None)
     x_BTD = x_BTD.astype(c.dtype)
@@ -485,7 +489,7 @@ def _run_unrolled(config, blocks, x_BTD, mask, positions_BT, caches, routes,
                   taps):
   apply = _block_function(config)
   written, tapped = [], {}
-  for layer in range(config.layers):
+  for layer in range(len(jax.tree.leaves(blocks)[0])):
     block = jax.tree.map(operator.itemgetter(layer), blocks)
     x_BTD, cache = apply(block, x_BTD, mask, positions_BT,
                          caches[layer] if caches else None, routes)
@@ -503,9 +507,10 @@ def _run_scanned(config, blocks, x_BTD, mask, positions_BT, cache, routes,
   would copy the parameters of each (EVE-7B has nine).
   """
   apply = _block_function(config)
+  layers = len(jax.tree.leaves(blocks)[0])
   # Where each layer's output goes: what nobody asked for, behind the taps.
   slots = [taps.index(layer) if layer in taps else len(taps)
-           for layer in range(1, config.layers + 1)]
+           for layer in range(1, layers + 1)]
   kept = jnp.zeros((len(taps) + 1, *x_BTD.shape), x_BTD.dtype) if taps else None
 
   def body(carry, scanned):
@@ -522,7 +527,7 @@ def _run_scanned(config, blocks, x_BTD, mask, positions_BT, cache, routes,
 
   (x_BTD, cache, kept), _ = jax.lax.scan(
       body, (x_BTD, cache, kept),
-      (blocks, jnp.arange(config.layers), jnp.array(slots)))
+      (blocks, jnp.arange(layers), jnp.array(slots, jnp.int32)))
   return x_BTD, cache, {tap: kept[i] for i, tap in enumerate(taps)}
 
 

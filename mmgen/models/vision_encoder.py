@@ -241,14 +241,16 @@ class VisionEncoder(nn.Module):
 
     Returns:
       (table_BIPD, out); P cells row by row, behind the class token if it
-      enters. `out` has 'taps' and 'hidden', of images [B * I].
+      enters. `out` has 'taps', of images [B * I].
     """
     del image_box_BI4
     B, I = images_BIYXC.shape[:2]
     c = self.config
     taps = () if c.tap is None else (c.layers + 1 + c.tap,)
+    # Blocks above the tap have parameters, and are not run.
     x_BPD, out = self._tokens(
-        images_BIYXC.reshape(B * I, *images_BIYXC.shape[2:]), taps)
+        images_BIYXC.reshape(B * I, *images_BIYXC.shape[2:]), taps,
+        stop=taps[0] if taps else None)
     x_BPD = out['taps'][taps[0]] if taps else x_BPD
     cells_BPD = _pooled(x_BPD[:, int(c.class_token):], c)
     x_BPD = (jnp.concatenate([x_BPD[:, :1], cells_BPD], axis=1)
@@ -272,7 +274,7 @@ class VisionEncoder(nn.Module):
 
   @nn.compact
   def _tokens(self, images_BYXC, taps, kept_BP=None, factors_BL2=None,
-              pool=False):
+              pool=False, stop=None):
     c = self.config
     c.check(images_BYXC.shape[1:3])
     patches_BPC = patchify(standardise(images_BYXC, c.mean, c.std), c.patch)
@@ -302,10 +304,10 @@ class VisionEncoder(nn.Module):
     x_BPD, out = transformer.Stack(c.stack, name='stack')(
         x_BPD, attention.Mask(),
         pick(jnp.asarray(c.places, jnp.float32)) if c.rope_grid else None,
-        taps=taps, factors_BL2=factors_BL2)
-    out['hidden'] = x_BPD
+        taps=taps, factors_BL2=factors_BL2, stop=stop)
     if not pool:
       return x_BPD, out
+    out['hidden'] = x_BPD
     if c.pooling == 'map':
       return MapPooling(c.stack, name='head')(x_BPD), out
     return POOLINGS[c.pooling](x_BPD), out

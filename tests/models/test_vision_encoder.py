@@ -14,6 +14,7 @@ import pytest
 
 from mmgen.models import transformer
 from mmgen.models import vision_encoder
+from mmgen.training import metrics
 
 # 11 x 7 pixels in patches of 3: 3 x 2 cells, and 2 and 1 pixels cut off.
 CONFIG = vision_encoder.VisionEncoderConfig(
@@ -146,6 +147,16 @@ def test_half_precision_stays_close_and_norms_are_float32():
       dataclasses.replace(CONFIG, dtype='bfloat16'), params, IMAGES, None)
   assert low.dtype == jnp.bfloat16
   np.testing.assert_allclose(low.astype(np.float32), table, rtol=0.1, atol=0.3)
+
+
+@pytest.mark.parametrize('tap', [-3, -1, None])
+def test_blocks_above_the_tap_are_not_run(tap):
+  config = dataclasses.replace(CONFIG, tap=tap)
+  model, params = init(config)
+  run = jax.jit(lambda params: model.apply({'params': params}, IMAGES, None)[0])
+  pictures = IMAGES.shape[0] * IMAGES.shape[1]
+  assert metrics.count_flops(run.trace(params).jaxpr) == (
+      pictures * vision_encoder.flops(config, pooled=False))
 
 
 def test_flops_by_hand():
