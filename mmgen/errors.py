@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import sys
 
 
@@ -56,10 +57,14 @@ def run(main):
   """
   try:
     code = main()
+    sys.stdout.flush()
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     code = 2
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     code = 130
+  except BrokenPipeError:  # of a reader such as head, which has read enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    code = 141
   sys.exit(code)

@@ -165,6 +165,15 @@ def test_run_turns_user_errors_into_one_line(capsys):
     errors.run(lambda: 1 // 0)
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+  code = ('from mmgen import errors; '
+          r"errors.run(lambda: print('line\n' * 100_000))")
+  found = subprocess.run(
+      f'{sys.executable} -c "{code}" | head -n 1', shell=True, cwd=ROOT,
+      capture_output=True, text=True, timeout=60)
+  assert (found.stdout, found.stderr) == ('line\n', '')
+
+
 def test_help(capsys):
   with pytest.raises(SystemExit):
     prepare.main(['--help'])
