@@ -30,7 +30,7 @@ def base(scale):
         'table. The experiments under experiments/eve/ have both scales.')
   c = ml_collections.ConfigDict()
   c.seed = 0
-  c.steps = 900
+  c.steps = 800
   c.log_every = 10
   c.eval_every = 0
   c.checkpoint_every = 250
@@ -88,4 +88,4 @@ TABLE = dict(
     tuning=dict(grid=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), metric='name in caption'),
     tuning_seeds=(100, 101),
     account='samples',
-    budget='900 steps of 48 documents, at most 150 s a row on two cores')
+    budget='800 steps of 48 documents, at most 150 s a row on two cores')
