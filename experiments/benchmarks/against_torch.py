@@ -7,10 +7,14 @@ One LLaVA-1.5 of a size that a laptop holds, made by transformers with random
 weights, loaded here from the files that it saves. In turn, PyTorch (eager, as
 transformers runs) and mmgen (compiled) take
 
-  see       the image tower on a batch of pictures
+  see       the image tower on a batch of pictures, read after its last block
+            (the released LLaVA reads one before it, and transformers computes
+            the last one all the same: mmgen does not)
   read      the forward pass of pictures and text to logits
-  train     loss, gradients, clipping and AdamW on that batch
   generate  32 tokens, greedily, from cached prompts
+  loss      the next-token loss of that batch
+  grads     the loss and its gradients; the tower is frozen
+  train     loss, gradients, clipping and AdamW
 
 and the ratio of their times is printed, median and range over the rounds: above
 1, mmgen is faster. Both use float32 and all cores. Outputs are compared too: a
@@ -28,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from rich import console
 from rich import table
 
@@ -58,7 +63,7 @@ def reference(folder):
       vision_config=transformers.CLIPVisionConfig(**VISION),
       text_config=transformers.LlamaConfig(**TEXT),
       image_token_index=PICTURE, image_seq_length=CELLS,
-      vision_feature_layer=-2, projector_hidden_act='gelu')
+      vision_feature_layer=-1, projector_hidden_act='gelu')
   model = transformers.LlavaForConditionalGeneration(config).eval()
   model.save_pretrained(folder)
   return model
@@ -94,11 +99,22 @@ class Torch:
   def see(self):
     with self.torch.no_grad():
       return self.tower(self.inputs['pixel_values'],
-                        output_hidden_states=True).hidden_states[-2].numpy()
+                        output_hidden_states=True).hidden_states[-1].numpy()
 
   def read(self):
     with self.torch.no_grad():
       return self.model(**self.inputs).logits.numpy()
+
+  def loss(self):
+    with self.torch.no_grad():
+      return self.model(**self.inputs, labels=self.labels).loss.numpy()
+
+  def grads(self):
+    loss = self.model(**self.inputs, labels=self.labels).loss
+    loss.backward()
+    norm = self.torch.nn.utils.get_total_norm(p.grad for p in self.trained)
+    self.optimizer.zero_grad()
+    return np.asarray([loss.item(), norm.item()])
 
   def train(self):
     self.model.train()
@@ -140,8 +156,21 @@ class Mmgen:
         jax.tree.map(jnp.copy, loaded.params), settings.optimizer.groups)
     tx = optimizer_lib.make_optimizer(settings.optimizer, 1000, trained)
     self.state = step_lib.init_state(trained, tx)
-    self.step = step_lib.make_train_step(
-        next_token.NextToken(self.model), tx, settings)
+    objective = next_token.NextToken(self.model)
+    self.step = step_lib.make_train_step(objective, tx, settings)
+
+    def loss(trained, batch):
+      sums, _ = objective(trained, self.frozen, {}, {'turns': batch},
+                          jax.random.key(0), 0)
+      total, weight = sums['next_token']
+      return total / weight
+
+    def grads(trained, batch):
+      value, found = jax.value_and_grad(loss)(trained, batch)
+      return jnp.stack([value, optax.global_norm(found)]), found
+
+    self._loss, self._grads = jax.jit(loss), jax.jit(grads)
+    self.trained = jax.tree.map(jnp.copy, trained)
     self._see = jax.jit(lambda params, batch: self.model.apply(
         {'params': params}, batch['images'], batch['image_box'],
         method=lambda m, *args: m.vision(*args)[0]))
@@ -153,6 +182,12 @@ class Mmgen:
 
   def read(self):
     return np.asarray(self._read(self.params, self.batch))
+
+  def loss(self):
+    return np.asarray(self._loss(self.trained, self.batch))
+
+  def grads(self):
+    return np.asarray(self._grads(self.trained, self.batch)[0])
 
   def train(self):
     self.state, metrics = self.step(
@@ -202,7 +237,7 @@ def main(argv=None):
     theirs = Torch(reference(folder), batch)
     ours = Mmgen(pathlib.Path(folder), batch)
   out = table.Table('task', 'PyTorch', 'mmgen', 'ratio', 'range', 'difference')
-  for task in ('see', 'read', 'generate', 'train'):
+  for task in ('see', 'read', 'generate', 'loss', 'grads', 'train'):
     sides = getattr(theirs, task), getattr(ours, task)
     apart = max(differ(*(side() for side in sides)) for _ in range(2))
     seconds = []
