@@ -3,7 +3,10 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from mmgen.data import layout
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
@@ -22,6 +25,12 @@ def error(got, want):
   got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
   assert got.shape == want.shape
   return np.abs(got - want).max() / np.abs(want).max()
+
+
+def close(got, want, tolerance=1e-5):
+  """Asserts that the `error` is smaller."""
+  worst = error(got, want)
+  assert worst < tolerance, worst
 
 
 def dense(weights, name):
@@ -166,6 +175,51 @@ class Ids:
 
   def encode(self, text):
     return [16 + ord(letter) - ord('a') for letter in text]
+
+
+def arranged(documents, image_layout, arrangement, rooms, size=None):
+  """A batch of documents.
+
+  Args:
+    documents: a list of them.
+    image_layout: of their pictures.
+    arrangement: 'packed', into two rows, or 'separate', one a row.
+    rooms: {arrangement: (slots of a row, its pictures)}.
+    size: pixels of an empty picture.
+
+  Returns:
+    (arrays, {document: (row, its slots)}).
+  """
+  if arrangement == 'packed':
+    members, arrays, stats = layout.packed(
+        documents, Ids(), image_layout, 2, *rooms['packed'], size)
+    assert stats['dropped_documents'] == 0
+    order = [i for row in members for i in row]
+    assert max(map(len, members)) > 1
+  else:
+    arrays = layout.unpacked(documents, Ids(), image_layout,
+                             *rooms['separate'], size)
+    order = range(len(documents))
+  return (jax.tree.map(jnp.asarray, arrays),
+          dict(zip(order, spans(arrays), strict=True)))
+
+
+def in_order(places, x):
+  """Rows as references have them, one after the other, without padding.
+
+  Args:
+    places: {document: (row, its slots)}.
+    x: [rows, slots, ...].
+  """
+  return np.concatenate([
+      np.asarray(x[row])[slots] for _, (row, slots) in sorted(places.items())])
+
+
+def outputs(file, name):
+  """{what: array} that a file in golden/weights gave, as in file.npz there."""
+  with np.load(GOLDEN / 'weights' / f'{file}.npz') as stored:
+    return {key.partition('/')[2]: x for key, x in stored.items()
+            if key.partition('/')[0] == name.partition('.')[0]}
 
 
 def spans(arrays):

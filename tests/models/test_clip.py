@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import reference
 
 from mmgen.models import clip
 from mmgen.models import text_encoder
@@ -21,6 +22,7 @@ from mmgen.models import vision_encoder
 from mmgen.objectives import contrastive
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+TOLERANCE = 2e-5  # of stages
 HALVES = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 CLIP = clip.ClipConfig(
@@ -146,13 +148,6 @@ def from_reference(arrays, prefix, config):
   return tree
 
 
-def close(ours, theirs, tolerance=2e-5):
-  ours, theirs = np.asarray(ours), np.asarray(theirs)
-  assert ours.shape == theirs.shape
-  worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
-  assert worst < tolerance, worst
-
-
 @pytest.mark.parametrize('name', CASES)
 def test_every_stage_equals_the_reference(name):
   config, loss = CASES[name]
@@ -192,17 +187,18 @@ def test_every_stage_equals_the_reference(name):
   image, text, (scale, bias) = jax.tree.map(np.asarray, found)
   for side, (embedding, out) in (('vision', image), ('text', text)):
     for i, state in out['taps'].items():
-      close(state, golden[f'{side}/{i}'])
+      reference.close(state, golden[f'{side}/{i}'], TOLERANCE)
     pooled = out['pooled']
     if side == 'text' and not config.vision_projection:
       # There the reference calls what stands behind the projection pooled.
       tree = params['text_projection']
       pooled = pooled @ tree['kernel'] + tree['bias'][None]
-    close(pooled, golden[f'{side}/pooled'])
-    close(embedding, golden[
-        'image_embeds' if side == 'vision' else 'text_embeds'])
-  close(scale * image[0] @ text[0].T + bias, golden['logits'])
-  close(value, golden['loss'])
+    reference.close(pooled, golden[f'{side}/pooled'], TOLERANCE)
+    reference.close(embedding, golden[
+        'image_embeds' if side == 'vision' else 'text_embeds'], TOLERANCE)
+  reference.close(scale * image[0] @ text[0].T + bias, golden['logits'],
+                  TOLERANCE)
+  reference.close(value, golden['loss'], TOLERANCE)
 
 
 def close_gradient(path, ours, theirs):
@@ -210,7 +206,7 @@ def close_gradient(path, ours, theirs):
     # A constant on all keys does not change a softmax: truly zero.
     assert np.abs(ours).max() < 1e-6 and np.abs(theirs).max() < 1e-6
   else:
-    close(ours, theirs, 1e-4)
+    reference.close(ours, theirs, 1e-4)
 
 
 @pytest.mark.parametrize('size, expected', [

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 from mmgen.models import clip
 from mmgen.models import text_encoder
@@ -24,6 +25,7 @@ from mmgen.models import vision_encoder
 from mmgen.objectives import contrastive
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+close = reference.close
 EVA02 = dict(mlp='swiglu', inner_attention_norm=True, inner_mlp_norm=True,
              rope_grid=(16, 16))
 RMS = dict(norm='rms', qkv_bias=False)
@@ -151,13 +153,6 @@ def from_reference(arrays, config, prefix=''):
           'vision_projection': linear(get, 'visual.head'),
           'text_projection': {'kernel': get('text.text_projection')},
           'logit_scale': get('logit_scale')}
-
-
-def close(ours, theirs, tolerance=1e-5):
-  ours, theirs = np.asarray(ours), np.asarray(theirs)
-  assert ours.shape == theirs.shape
-  worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
-  assert worst < tolerance, worst
 
 
 def close_gradient(path, ours, theirs):

@@ -101,21 +101,9 @@ def layout_of(name):
 
 
 def batches(name, arrangement):
-  """(arrays, {document: (row, its slots)}): packed, or one a row."""
-  docs = list(documents(name, DOCUMENTS))
-  size = CASES[name]['image']['size']
-  if arrangement == 'packed':
-    members, arrays, stats = layout.packed(
-        docs, reference.Ids(), layout_of(name), 2, 68, 3, size)
-    assert stats['dropped_documents'] == 0
-    order = [i for row in members for i in row]
-    assert max(map(len, members)) > 1
-  else:
-    arrays = layout.unpacked(
-        docs, reference.Ids(), layout_of(name), 50, 1, size)
-    order = range(len(docs))
-  return (jax.tree.map(jnp.asarray, arrays),
-          dict(zip(order, reference.spans(arrays), strict=True)))
+  return reference.arranged(
+      list(documents(name, DOCUMENTS)), layout_of(name), arrangement,
+      dict(packed=(68, 3), separate=(50, 1)), CASES[name]['image']['size'])
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -149,9 +137,7 @@ def test_every_stage_and_gradient_equals_the_reference(name, arrangement):
         run, has_aux=True))(trained)
     logits, out = jax.jit(forward)(trained)
   states = out['taps'] | {layers: out['hidden']}
-  # The rows of the reference, one after the other, without their padding.
-  ordered = lambda x: np.concatenate([
-      np.asarray(x[row])[slots] for _, (row, slots) in sorted(places.items())])
+  ordered = functools.partial(reference.in_order, places)
   assert arrays['lengths'].tolist() == [
       slots.sum() for _, (_, slots) in sorted(places.items())]
   visual, inputs = ordered(batch['visual']) >= 0, ordered(out['input'])

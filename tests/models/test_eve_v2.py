@@ -116,20 +116,9 @@ def layout_of(name):
 
 
 def batches(name, arrangement):
-  """(arrays, {document: (row, its slots)}): packed, or one a row."""
-  docs = list(documents(name, CASES[name]['documents'], 1))
-  if arrangement == 'packed':
-    members, arrays, stats = layout.packed(
-        docs, reference.Ids(), layout_of(name), 2, 48, 3)
-    assert stats['dropped_documents'] == 0
-    order = [i for row in members for i in row]
-    assert max(map(len, members)) > 1
-  else:
-    arrays = layout.unpacked(
-        docs, reference.Ids(), layout_of(name), 30, 2)
-    order = range(len(docs))
-  return (jax.tree.map(jnp.asarray, arrays),
-          dict(zip(order, reference.spans(arrays), strict=True)))
+  return reference.arranged(
+      list(documents(name, CASES[name]['documents'], 1)), layout_of(name),
+      arrangement, dict(packed=(48, 3), separate=(30, 2)))
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -161,9 +150,7 @@ def test_every_stage_and_gradient_equals_the_reference(name, arrangement):
     loss, gradient = jax.jit(jax.value_and_grad(run))(params)
     logits, out = jax.jit(lambda params: model.apply(
         {'params': params}, batch, taps=tuple(range(layers))))(params)
-  # The rows of the reference, one after the other, without their padding.
-  ordered = lambda x: np.concatenate([
-      np.asarray(x[row])[slots] for _, (row, slots) in sorted(places.items())])
+  ordered = functools.partial(reference.in_order, places)
   assert arrays['lengths'].tolist() == [
       slots.sum() for _, (_, slots) in sorted(places.items())]
   visual, inputs = ordered(batch['visual']) >= 0, ordered(out['input'])

@@ -104,21 +104,10 @@ def documents(name):
 
 
 def batches(name, arrangement):
-  """(arrays, {document: (row, its slots)}): packed, or one a row."""
-  docs = documents(name)
   size = CASES[name]['vision']['image_size']
-  grid = build(name)[0].config.vision.image_layout(size)
-  if arrangement == 'packed':
-    members, arrays, stats = layout.packed(
-        docs, reference.Ids(), grid, 2, 50, 4, size)
-    assert stats['dropped_documents'] == 0
-    order = [i for row in members for i in row]
-    assert max(map(len, members)) > 1
-  else:
-    arrays = layout.unpacked(docs, reference.Ids(), grid, 31, 3, size)
-    order = range(len(docs))
-  return (jax.tree.map(jnp.asarray, arrays),
-          dict(zip(order, reference.spans(arrays), strict=True)))
+  return reference.arranged(
+      documents(name), build(name)[0].config.vision.image_layout(size),
+      arrangement, dict(packed=(50, 4), separate=(31, 3)), size)
 
 
 @pytest.mark.parametrize('arrangement', ['packed', 'separate'])

@@ -8,7 +8,6 @@ float64 (open_clip) or float32.
 
 import dataclasses
 import json
-import pathlib
 import shutil
 import types
 
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 import published_files
 import pytest
+import reference
 
 from mmgen import errors
 from mmgen import weights
@@ -24,7 +24,7 @@ from mmgen.models import clip
 from mmgen.weights import files
 from mmgen.weights import two_towers
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'weights'
+GOLDEN = reference.GOLDEN / 'weights'
 HEADS = {'vision.heads': 3, 'text.heads': 5}
 CASES = {  # file: (layout, dtype, what contents cannot tell)
     'open_clip_square.pt': ('openai_clip', 'float32', {
@@ -46,22 +46,13 @@ CASES = {  # file: (layout, dtype, what contents cannot tell)
 }
 
 
-def close(ours, theirs, tolerance=2e-6):
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  assert ours.shape == theirs.shape
-  worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
-  assert worst < tolerance, worst
-
-
 @pytest.mark.parametrize('name', CASES)
 def test_import_gives_the_references_outputs(name):
   layout, dtype, said = CASES[name]
   loaded = weights.load(GOLDEN / name, said=said)
   assert loaded.layout == layout
   assert {str(d) for d in loaded.dtypes.values()} == {dtype}
-  with np.load(GOLDEN / 'outputs.npz') as file:
-    expected = {key.partition('/')[2]: value for key, value in file.items()
-                if key.partition('/')[0] == name.partition('.')[0]}
+  expected = reference.outputs('outputs', name)
   tokens = expected['tokens']
   # CLIP's texts end with the highest id; SigLIP reads whatever stands last.
   end = tokens.argmax(1) if loaded.model.config.text.causal else np.full(4, 99)
@@ -75,9 +66,9 @@ def test_import_gives_the_references_outputs(name):
             apply('encode_text', tokens, valid)[0], apply('temperature'))
 
   image, text, temperature = run(loaded.params)
-  close(image, expected['image'])
-  close(text, expected['text'])
-  close(temperature, expected['temperature'])
+  reference.close(image, expected['image'], 2e-6)
+  reference.close(text, expected['text'], 2e-6)
+  reference.close(temperature, expected['temperature'], 2e-6)
 
 
 @pytest.mark.parametrize('name', CASES)

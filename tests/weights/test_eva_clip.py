@@ -8,7 +8,6 @@ eva_rope.npz in bfloat16 as an older training run has them, by torch 2.13.0.
 
 import functools
 import math
-import pathlib
 import re
 import types
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 
 from mmgen import errors
 from mmgen import weights
@@ -26,7 +26,7 @@ from mmgen.weights import eva_clip
 from mmgen.weights import files
 from mmgen.weights import two_towers
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+GOLDEN = reference.GOLDEN
 SIZES = [size for size in clip.SIZES if size.startswith('eva')]
 LAYOUTS = list(eva_clip.LAYOUTS)
 POST = {'vision.placement': 'post', 'vision.rope_grid': 'none',
@@ -84,13 +84,6 @@ RENAMED = {
         (r'text\.text_projection', 'text_projection.weight'))}
 
 
-def close(ours, theirs, tolerance=1e-5):
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  assert ours.shape == theirs.shape
-  worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
-  assert worst < tolerance, worst
-
-
 def golden(name, layout):
   """(tensors as the layout names them, the golden arrays)."""
   with np.load(GOLDEN / f'{name}.npz') as file:
@@ -135,9 +128,9 @@ def test_import_gives_the_references_outputs(name, layout, said, tmp_path):
   loaded = weights.load(tmp_path / 'a.safetensors', said=said)
   assert loaded.layout == layout
   image, text, scale = embed(loaded, arrays['images'], arrays['tokens'])
-  close(image, arrays['image_embeds'])
-  close(text, arrays['text_embeds'])
-  close(scale * image @ text.T, arrays['logits'])
+  reference.close(image, arrays['image_embeds'])
+  reference.close(text, arrays['text_embeds'])
+  reference.close(scale * image @ text.T, arrays['logits'])
   assert loaded.image == dict(
       size=arrays['images'].shape[1:3],
       fit='clip' if layout == 'eva_hf' else 'open_clip', kernel='bicubic',
@@ -153,8 +146,8 @@ def test_import_of_open_clips_files(file):
   with np.load(GOLDEN / 'weights' / f'{name}_outputs.npz') as file:
     expected = dict(file)
   image, text, _ = embed(loaded, expected['images'], expected['tokens'])
-  close(image, expected['image'], 2e-6)
-  close(text, expected['text'], 2e-6)
+  reference.close(image, expected['image'], 2e-6)
+  reference.close(text, expected['text'], 2e-6)
 
 
 def test_a_wrapped_older_file():

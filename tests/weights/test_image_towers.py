@@ -9,7 +9,6 @@ hidden in part, and what is predicted of them or how they are pooled.
 import dataclasses
 import json
 import logging
-import pathlib
 import re
 import shutil
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import published_files
 import pytest
+import reference
 
 from mmgen import errors
 from mmgen import weights
@@ -31,7 +31,7 @@ from mmgen.weights import files
 from mmgen.weights import image_towers
 from mmgen.weights import two_towers
 
-GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'weights'
+GOLDEN = reference.GOLDEN / 'weights'
 PLAIN = {'vision.placement': 'pre', 'vision.rope_grid': 'none'}
 CASES = {  # file: (layout, dtype, what contents cannot tell)
     'timm_eva_clip': ('timm_eva', 'float16', {
@@ -51,24 +51,11 @@ CASES = {  # file: (layout, dtype, what contents cannot tell)
 }
 
 
-def golden(name):
-  with np.load(GOLDEN / 'tower_outputs.npz') as file:
-    return {key.partition('/')[2]: value for key, value in file.items()
-            if key.partition('/')[0] == name.partition('.')[0]}
-
-
-def close(ours, theirs, tolerance=1e-5):
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-  assert ours.shape == theirs.shape
-  worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
-  assert worst < tolerance, worst
-
-
 @pytest.mark.parametrize('name', CASES)
 def test_a_tower_gives_the_references_features(name):
   layout, dtype, said = CASES[name]
   loaded = weights.load(GOLDEN / name, said=said)
-  expected = golden(name)
+  expected = reference.outputs('tower_outputs', name)
   config = loaded.model.config
   assert loaded.layout == layout
   assert {str(d) for d in loaded.dtypes.values()} == {dtype}
@@ -77,14 +64,14 @@ def test_a_tower_gives_the_references_features(name):
                 static_argnums=1)
   pooled, out = run(loaded.params, (config.vision.layers,))
   if layout == 'timm_eva_avg':  # its norm comes after the average
-    close(out['taps'][config.vision.layers], expected['features'])
+    reference.close(out['taps'][config.vision.layers], expected['features'])
   else:
-    close(out['hidden'], expected['features'])
+    reference.close(out['hidden'], expected['features'])
   if layout in ('timm_eva', 'timm_siglip'):
-    close(pooled, expected['pooled'])
+    reference.close(pooled, expected['pooled'])
   if layout == 'eva_tower':
     _, out = loaded.model.apply({'params': loaded.params}, expected['images'])
-    close(out['predicted'], expected['predicted'])
+    reference.close(out['predicted'], expected['predicted'])
     assert loaded.params['mask_token'].shape == (config.vision.width,)
   assert loaded.image['size'] == expected['images'].shape[1:3]
 
