@@ -131,11 +131,11 @@ def test_a_command_does_one_thing(args, capsys):
 
 
 def test_torch_is_no_need_of_any_module():
-  """Only functions of mmgen/parity.py may import it."""
+  """Only functions of mmgen/references.py may import it."""
   wanted = {'torch', 'torchvision', 'transformers', 'timm', 'open_clip'}
   for path in sorted(pathlib.Path(convert.__file__).parent.rglob('*.py')):
     for line in path.read_text().splitlines():
       words = line.split()
       if words[:1] in (['import'], ['from']) and (
           words[1].partition('.')[0] in wanted):
-        assert path.name == 'parity.py' and line[0] == ' ', (path, line)
+        assert path.name == 'references.py' and line[0] == ' ', (path, line)

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from mmgen import convert
-from mmgen import parity
+from mmgen import references
 from mmgen.weights import files
 
 LLAMA = dict(vocab_size=61, hidden_size=28, intermediate_size=44,
@@ -212,9 +212,10 @@ def test_one_tensor_that_differs_is_found(name, made, tmp_path, capsys,
       (key, (tensor.array() * (1.01 if key == other else 1)).astype('f4'))
       for key, tensor in files.open(made(name)).items()))
   # The reference reads what it was, all of it.
-  run = parity.REFERENCES[CASES[name][0]].run
-  monkeypatch.setitem(parity.REFERENCES, CASES[name][0], dataclasses.replace(
-      parity.REFERENCES[CASES[name][0]],
-      run=lambda path, *rest: run(made(name), *rest)))
+  run = references.REFERENCES[CASES[name][0]].run
+  monkeypatch.setitem(
+      references.REFERENCES, CASES[name][0], dataclasses.replace(
+          references.REFERENCES[CASES[name][0]],
+          run=lambda path, *rest: run(made(name), *rest)))
   assert check(tmp_path / 'other', name) == 1
   assert f'{stage} is the first of ' in capsys.readouterr().out
