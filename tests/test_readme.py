@@ -10,6 +10,7 @@ import pytest
 from mmgen import addresses
 from mmgen import errors
 from mmgen import plan
+from mmgen import weights
 from mmgen.data import corpora
 
 README = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
@@ -24,6 +25,14 @@ ENDS = {
     'train': 'mmgen.prepare --corpus=emoji/tiny',
     'evaluate': 'is no run folder', 'generate': 'is no run folder',
     'convert': 'weights', 'table': '^0$'}
+
+
+def test_every_layout_of_weights_is_listed():
+  _, _, rest = README.partition('## Published checkpoints')
+  section, _, _ = rest.partition('\n## ')
+  rows = re.findall(r'^\| [^|]+ \| (`[^|]+) \| [^|]+ \|$', section, re.M)
+  named = [name for row in rows for name in re.findall(r'`(\w+)`', row)]
+  assert sorted(named) == sorted(weights.FAMILIES)
 
 
 def _started(*_, **__):

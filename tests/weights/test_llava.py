@@ -54,7 +54,8 @@ OWN = {'language_model.model.': 'model.', 'language_model.lm_head': 'lm_head',
        'multi_modal_projector.linear_2': 'model.mm_projector.2',
        'vision_tower.': 'model.vision_tower.vision_tower.'}
 NAMES = {'hf_llava': {}, 'hf_llava_new': HF_NEW, 'llava_tower': OWN,
-         'llava': OWN}
+         'llava': OWN, 'hf_llava_flat': {
+             'vision_tower.vision_model.': 'vision_tower.'}}
 
 
 def renamed(tensors, layout):
