@@ -123,3 +123,6 @@ def test_what_is_wrong_is_named():
     plan.main(['--config=quickstart:patches'])
   with pytest.raises(errors.UserError, match="the slice 'v5e:2x9'"):
     plan.main(['--config=quickstart:patches', '--slice=v5e:2x9'])
+  with pytest.raises(errors.UserError, match='cannot be shared out so'):
+    plan.main(['--config=quickstart:patches', '--slice=v5p:4x4x8',
+               '--config.mesh.fsdp=64', '--config.mesh.tensor=2'])

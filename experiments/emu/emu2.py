@@ -43,7 +43,7 @@ def base(scale):
     # A picture takes 66 slots, a caption about 60.
     c.layout = dict(name='sequence', length=2048, rows=8, documents=96,
                     images=16)
-    c.mesh = dict(data=1, fsdp=128, tensor=1, sequence=1, slice='v5p:4x4x8')
+    c.mesh = dict(data=1, fsdp=-1, tensor=1, sequence=1, slice='v5p:4x4x4')
   return c
 
 

@@ -96,8 +96,13 @@ def make_mesh(config, devices=None):
         f'{"a multiple of " if free else ""}{fixed} devices; this run has '
         f'{count}. Set config.mesh.data=-1 and let the other axes multiply to '
         f'a divisor of {count}.')
-  return jax.make_mesh(tuple(shape.values()), AXES, devices=devices,
-                       axis_types=(AxisType.Auto,) * len(AXES))
+  try:
+    return jax.make_mesh(tuple(shape.values()), AXES, devices=devices,
+                         axis_types=(AxisType.Auto,) * len(AXES))
+  except NotImplementedError as error:  # of the links between the chips
+    raise errors.UserError(
+        f'config.mesh is {text}, but the links of these {count} chips cannot '
+        f'be shared out so: {str(error).splitlines()[0]}') from error
 
 
 # ---------------------------------------------------------------------------
