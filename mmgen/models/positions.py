@@ -13,8 +13,7 @@ def resize_positions(table_TD, old, new, method='plain'):
     table_TD: one entry a cell, row by row; one more in front, of a class
       token, is kept as it is.
     old, new: rows and columns.
-    method: 'plain', PyTorch's default (EVA's code, transformers);
-      'align_corners' (EVA's code, for OpenAI's weights); 'antialias'
+    method: 'plain', PyTorch's default (EVA's code, transformers); 'antialias'
       (open_clip, timm); 'linear', not bicubic but bilinear from corner to
       corner (big_vision).
 
@@ -50,13 +49,12 @@ def _weights(old, new, method):
   if method == 'antialias':
     weights = cubic((source - np.arange(old)[None]) / max(old / new, 1), -0.5)
     return weights / weights.sum(1, keepdims=True)
-  if method in ('align_corners', 'linear'):
-    source = target * (old - 1) / max(new - 1, 1)
-  elif method != 'plain':
-    raise ValueError(f'resize_positions: method {method!r}; allowed: plain, '
-                     'align_corners, antialias, linear.')
   if method == 'linear':
+    source = target * (old - 1) / max(new - 1, 1)
     return np.maximum(1 - np.abs(source - np.arange(old)[None]), 0)
+  if method != 'plain':
+    raise ValueError(f'resize_positions: method {method!r}; allowed: plain, '
+                     'antialias, linear.')
   # The outermost entries go on beyond the border.
   weights = cubic(source - np.arange(-2, old + 2)[None], -0.75)
   return weights @ np.pad(np.eye(old), ((2, 2), (0, 0)), mode='edge')
