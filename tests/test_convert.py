@@ -124,7 +124,8 @@ def test_a_run_trained_here_is_exported(tmp_path):
     run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}')
   run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}',
       '--layout=openai_clip')
-  back = weights.load(tmp_path / 'out', said={'mlp': 'gelu'})
+  back = weights.load(tmp_path / 'out', said={
+      'mlp': 'gelu', 'vision.heads': 1, 'text.heads': 1})
   jax.tree.map(np.testing.assert_array_equal, params, back.params)
   vision = dataclasses.replace(module.config.vision, unroll=False)
   assert back.model.config.vision == vision

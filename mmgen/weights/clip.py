@@ -31,9 +31,14 @@ def _openai_stated(tensors, beside, base):
   """
   bias = {'logit_bias': -10.0} if 'logit_bias' in tensors else {}
   if 'open_clip_config.json' not in beside:
-    # Only OpenAI's own archives hold this number, as a tensor.
-    mlp = 'quick_gelu' if 'input_resolution' in tensors else None
-    return {'vision.mlp': mlp, 'text.mlp': mlp} | bias
+    # Only OpenAI's own archives hold this number, as a tensor. Their program
+    # makes a head of each 64 channels.
+    if 'input_resolution' not in tensors:
+      return {'vision.mlp': None, 'text.mlp': None} | bias
+    return {'vision.mlp': 'quick_gelu', 'text.mlp': 'quick_gelu'} | bias | {
+        f'{tower}.heads': max(tensors[name].shape[0] // 64, 1)
+        for tower, name in (('vision', 'visual.ln_post.weight'),
+                            ('text', 'ln_final.weight')) if name in tensors}
   own, vision, text = two_towers.open_clip_config(beside)
   mlp = 'quick_gelu' if own.get('quick_gelu') else 'gelu'
   return bias | {

@@ -4,9 +4,8 @@ Or of one of them: an image tower by itself.
 
 Sizes are read off the shapes. What shapes cannot tell (heads, activation, rows
 and columns of a grid) is taken from the JSON file beside the tensors, else from
-the published tower of these sizes, else by a rule that holds for all published
-ones. Where these end the user is asked: a wrong guess would load without an
-error and answer a little worse for ever.
+the published tower of these sizes. Where these end the user is asked: a wrong
+guess would load without an error and answer a little worse for ever.
 """
 
 import collections
@@ -31,7 +30,7 @@ _SAYABLE = {
            "itself quickgelu, 'gelu' for LAION's and most others, 'gelu_tanh' "
            "for SigLIP but in open_clip and timm",
     'vision.mlp': 'as mlp', 'text.mlp': 'as mlp',
-    'vision.heads': 'of 64 in towers up to a width of 1024, wider ones differ',
+    'vision.heads': 'of 64 channels in most towers up to a width of 1024',
     'text.heads': 'as vision.heads',
     'vision.image_size': '[rows, columns] of pixels; positions that are stored '
                          'for another are resized',
@@ -161,13 +160,11 @@ def _sizes(found, base, towers):
 
 
 def published_heads(sizes, tower):
-  """Heads of the published tower of these sizes, or by CLIP's rule."""
-  width = sizes[f'{tower}.width']
-  for size in TOWERS[tower].values():
-    if all(getattr(size, field) == sizes[f'{tower}.{field}']
-           for field in ('width', 'layers', 'hidden')):
-      return size.heads
-  return None if width % 64 or width > 1024 else width // 64
+  """Heads of the published towers of these sizes; None if there is none."""
+  heads = {size.heads for size in TOWERS[tower].values() if all(
+      getattr(size, field) == sizes[f'{tower}.{field}']
+      for field in ('width', 'layers', 'hidden'))}
+  return heads.pop() if len(heads) == 1 else None
 
 
 def _image_size(sizes, patches):

@@ -247,7 +247,7 @@ def test_what_nothing_tells_is_asked():
     weights.recognise(GOLDEN / 'hf_clip_gelu', {'width': 3})
   with pytest.raises(errors.UserError, match="mlp: 'tanh'; allowed"):
     weights.recognise(GOLDEN / 'hf_clip_gelu', {'mlp': 'tanh'})
-  # CLIP's rule would give H/14 20 heads; it has 16.
+  # A head of each 64 channels would be 20 of H/14; it has 16.
   _, tensors = published('clip-b32', 'openai_clip')
   tensors = {name: types.SimpleNamespace(shape=tuple(
       {768: 1280, 3072: 5120, 2304: 3840}.get(n, n) for n in tensor.shape)
@@ -257,6 +257,26 @@ def test_what_nothing_tells_is_asked():
     recognised(tensors, said={'mlp': 'gelu'})
   _, found = recognised(tensors, said={'mlp': 'gelu', 'vision.heads': 16})
   assert (found.vision.heads, found.vision.width) == (16, 1280)
+
+
+@pytest.mark.parametrize('layout', ['openai_clip', 'open_clip', 'hf_clip'])
+def test_heads_are_never_guessed(layout):
+  config = clip.SIZES['clip-b32']
+  fields = dict(layers=2, width=128, heads=8, hidden=256)
+  config = dataclasses.replace(
+      config, embed=24, vision=dataclasses.replace(
+          config.vision, image_size=(32, 32), patch=8, **fields),
+      text=dataclasses.replace(config.text, vocab=99, **fields))
+  tensors, _ = published_files.shapes(layout, config)
+  with pytest.raises(errors.Unsaid) as caught:
+    recognised(tensors, said={'mlp': 'quick_gelu'})
+  assert caught.value.fields == ['text.heads', 'vision.heads']
+  said = {'mlp': 'quick_gelu', 'vision.heads': 8, 'text.heads': 8}
+  assert recognised(tensors, said=said) == (layout, config)
+  if layout == 'openai_clip':  # their program has one rule for all
+    tensors['input_resolution'] = types.SimpleNamespace(shape=())
+    _, found = recognised(tensors)
+    assert (found.vision.heads, found.text.heads) == (2, 2)
 
 
 def test_other_files_are_not_recognised(tmp_path):
