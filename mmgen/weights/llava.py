@@ -180,7 +180,7 @@ def _tap(own):
   """Which hidden state is read; UserError for what the module cannot do."""
   decoders.refuse(
       own, mm_projector_type=('mlp2x_gelu',), projector_hidden_act=('gelu',),
-      mm_vision_select_feature=('patch',),
+      mm_vision_select_feature=('patch',), mm_use_im_start_end=(False,),
       vision_feature_select_strategy=('default',))
   tap = own.get('vision_feature_layer', own.get('mm_vision_select_layer', -2))
   if not isinstance(tap, int):

@@ -262,6 +262,7 @@ def test_a_config_decides_what_shapes_do_not():
   for more, message in (
       (dict(mm_vision_select_feature='cls_patch'), "feature='cls_patch', w"),
       (dict(mm_projector_type='mlp3x_gelu'), "type='mlp3x_gelu', which"),
+      (dict(mm_use_im_start_end=True), 'im_start_end=True, which'),
       (dict(mm_vision_select_layer=[-2, -5]), r'takes the layers \[-2, -5\]'),
       (dict(mm_vision_select_layer=3), 'no such model exists: vision.tap is 3'),
       (dict(model_type='other'), "has model_type 'other', and the tensors")):
