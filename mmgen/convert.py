@@ -42,6 +42,7 @@ from mmgen.models import clip
 from mmgen.models import multimodal
 from mmgen.training import checkpoint
 from mmgen.weights import files
+from mmgen.weights import layout as layout_lib
 from mmgen.weights import lora
 
 _DTYPES = ('float32', 'bfloat16', 'float16')
@@ -313,6 +314,10 @@ def main(argv=None):
   kind = loaded.layout or 'trained here'
   size = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
   print(f'{args.source}: {kind}, {size:,} parameters')
+  if loaded.left:
+    print(f'{args.source}: {len(loaded.left)} tensors are not taken, for the '
+          'rest tells them or nothing reads them: ' + layout_lib.shown(
+              loaded.left, weights.FAMILIES[loaded.layout].ignored))
   print(f'{args.to}: written'
         + (f', without {", ".join(left)}' if left else ''))
   return 0

@@ -248,3 +248,33 @@ def test_a_model_that_predicts_features_comes_back(tmp_path):
   assert loaded.model.config.visual_head is not None
   jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
   assert run_folder.read_config(tmp_path / 'run').mix.published.style == 'emu'
+
+
+def eve(tmp_path, rows, **config):
+  """A folder of a tiny EVE as it is published, with LLaMA's tokenizer."""
+  with np.load(GOLDEN.parent / 'eve_7b.npz') as file:
+    tensors = {name.removeprefix('weights/'): file[name]
+               for name in file if name.startswith('weights/')}
+  width = tensors['lm_head.weight'].shape[1]
+  words = np.random.default_rng(0).normal(size=(rows, width)).astype('f4')
+  folder = published_files.save(tmp_path / 'eve', {
+      name: x for name, x in tensors.items() if 'compressor' not in name} | {
+          'model.embed_tokens.weight': words, 'lm_head.weight': words[::-1],
+          'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(2)}, dict(
+              model_type='eve', num_attention_heads=3, rms_norm_eps=1e-5))
+  (folder / 'preprocessor_config.json').write_text(json.dumps(dict(
+      image_size=40, image_size_clip=40, patch_stride_clip=8)))
+  shutil.copy(TOKENIZERS / 'llama.model', folder / 'tokenizer.model')
+  return folder
+
+
+def test_what_is_not_taken_is_said(tmp_path, capsys):
+  run(f'--from={eve(tmp_path, 400)}', f'--to={tmp_path / "a.safetensors"}')
+  line, = [line for line in capsys.readouterr().out.splitlines()
+           if 'not taken' in line]
+  assert line.split('reads them: ')[1].split(', ') == [
+      'model.layers.*.self_attn.rotary_emb.inv_freq',
+      'model.vision_clip.backbone.vision_model.*']
+  count = int(line.split(' tensors')[0].split()[-1])
+  assert count == len(files.open(tmp_path / 'eve')) - len(
+      files.open(tmp_path / 'a.safetensors')) > 20

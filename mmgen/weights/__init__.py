@@ -46,6 +46,7 @@ class Loaded:
     dtypes: {their name: dtype} of the file.
     beside: {name: content} of the JSON files that lay beside it.
     report: [(our name, their names, our shape, their dtypes)].
+    left: names of tensors in the file that were not taken.
   """
   model: Any
   params: Any
@@ -55,6 +56,7 @@ class Loaded:
   dtypes: dict
   beside: dict
   report: list
+  left: list = dataclasses.field(default_factory=list)
 
 
 def recognise(path, said=None):
@@ -99,7 +101,7 @@ def load(path, *, place=None, dtype='float32', said=None):
   layout = FAMILIES[name]
   model, ours = layout.build(config, dtype)
   rules = layout.rules(config)
-  layout_lib.check(rules, tensors, ours, layout.ignored, str(path))
+  left = layout_lib.check(rules, tensors, ours, layout.ignored, str(path))
   wanted = _resized(config, said or {})
   if wanted != config:
     rules = layout_lib.resized(rules, POSITIONS, layout.resize,
@@ -120,7 +122,7 @@ def load(path, *, place=None, dtype='float32', said=None):
       tokenizer=next((folder / file for file in TOKENIZERS
                       if (folder / file).exists()), None),
       layout=name, dtypes={name: t.dtype for name, t in tensors.items()},
-      beside=beside, report=layout_lib.report(rules, tensors, ours))
+      beside=beside, report=layout_lib.report(rules, tensors, ours), left=left)
 
 
 def export(layout, config, params, dtypes):

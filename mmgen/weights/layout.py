@@ -14,6 +14,7 @@ of one layer.
 from collections.abc import Callable
 import dataclasses
 import difflib
+import os.path
 import re
 from typing import Any
 
@@ -57,7 +58,8 @@ class Layout:
     build: config -> (module, {our name: ShapeDtypeStruct}).
     rules: config -> list of `Rule`.
     image: (config, beside) -> how a picture becomes the model's pixels.
-    ignored: patterns of whole names of tensors that follow from the rest.
+    ignored: patterns of whole names of tensors that follow from the rest, or
+      that the model never reads.
     style: of the prompts it was trained on, a name of `data.prompts.STYLES`, or
       a function of the config that returns one.
     resize: how its reference resizes positions of the image tower to another
@@ -150,6 +152,9 @@ def modules(pairs, ours, theirs, bias=True):
 # Their names and shapes
 
 
+_MOST_KINDS = 4
+
+
 def expected(rules, ours):
   """Returns {their name: shape}, as it follows from our leaves."""
   shapes = {}
@@ -173,6 +178,9 @@ def check(rules, tensors, ours, ignored=(), what='the file'):
     ignored: patterns of names in the file that may be left.
     what: named in the error.
 
+  Returns:
+    Names in the file that are left.
+
   Raises:
     UserError: lists all tensors that are missing, extra, of another shape, or
       of whole numbers (of a quantised model).
@@ -182,8 +190,9 @@ def check(rules, tensors, ours, ignored=(), what='the file'):
     raise ValueError(f'no rule fills {sorted(uncovered)}')
   wanted = expected(rules, ours)
   missing = sorted(wanted.keys() - tensors.keys())
-  extra = sorted(name for name in tensors.keys() - wanted.keys()
-                 if not any(re.fullmatch(p, name) for p in ignored))
+  others = sorted(tensors.keys() - wanted.keys())
+  extra = [name for name in others
+           if not any(re.fullmatch(p, name) for p in ignored)]
   lines = [f'{name} is missing{_nearest(name, extra or tensors, "there")}'
            for name in missing]
   lines += [f'{name} is extra{_nearest(name, missing or wanted, "expected")}'
@@ -198,6 +207,23 @@ def check(rules, tensors, ours, ignored=(), what='the file'):
     raise errors.UserError(
         f'{what} does not fit the model, nothing of it is loaded: '
         f'{"; ".join(lines)}.')
+  return others
+
+
+def shown(names, patterns):
+  """Names of tensors in a line: those of a kind, or of a part, as one.
+
+  Args:
+    names: all of them fit a pattern.
+    patterns: of whole names.
+  """
+  said = []
+  for pattern in patterns:
+    kinds = sorted({re.sub(r'(?<=\.)\d+(?=\.)', '*', name) for name in names
+                    if re.fullmatch(pattern, name)})
+    said += kinds if len(kinds) <= _MOST_KINDS else [
+        f'{os.path.commonprefix(kinds)}*']
+  return ', '.join(said)
 
 
 def _nearest(name, names, where):
