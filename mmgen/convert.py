@@ -37,7 +37,6 @@ from mmgen import errors
 from mmgen import parity
 from mmgen import run_folder
 from mmgen import weights
-from mmgen.data import published_text
 from mmgen.models import clip
 from mmgen.models import multimodal
 from mmgen.training import checkpoint
@@ -57,7 +56,8 @@ def to_run(loaded, folder, source, tokenizer=None):
     loaded: a `weights.Loaded`.
     folder: that does not exist yet.
     source: path of the weights, for the record.
-    tokenizer: path of its file, if it is not the one beside the weights.
+    tokenizer: path of its file, '' for none; by default that beside the
+      weights.
 
   Raises:
     UserError: the weights are not a whole model, or the tokenizer is none that
@@ -71,14 +71,19 @@ def to_run(loaded, folder, source, tokenizer=None):
     raise errors.UserError(
         f'{source} has the layout {loaded.layout}, which is not a whole model. '
         + _what_lacks(loaded, source))
-  stored = _tokenizer(tokenizer or loaded.tokenizer, config, kind)
+  if tokenizer is None:
+    found = loaded.tokenizer
+  else:
+    found = tokenizer and weights.open_tokenizer(tokenizer, loaded.layout,
+                                                 config)
   flat = config_lib.flatten(_run_config(loaded, kind))
   notes = dict(source=str(source), layout=loaded.layout, beside=loaded.beside,
                dtypes={name: dtype.name
                        for name, dtype in loaded.dtypes.items()})
   checkpointer = checkpoint.Checkpointer(folder)
   checkpointer.save(0, {'params': loaded.params},
-                    dict(config=flat, weights=notes), stored)
+                    dict(config=flat, weights=notes),
+                    found.bytes if found else b'')
   checkpointer.close()
   with errors.writing(folder):
     path = pathlib.Path(folder)
@@ -103,25 +108,6 @@ def _what_lacks(loaded, source):
           '.safetensors.')
 
 
-def _tokenizer(path, config, kind):
-  """The bytes of a model's tokenizer; none if there is no file."""
-  if path is None:
-    return b''
-  try:
-    found = published_text.load(path)
-  except (OSError, ValueError) as error:
-    raise errors.UserError(
-        f'the tokenizer {path} cannot be read: {error}. Give another with '
-        '--tokenizer=PATH, or none: --tokenizer=') from error
-  rows = (config.text if kind == 'clip' else config.decoder).vocab
-  if found.vocab_size > rows:
-    raise errors.UserError(
-        f'the tokenizer {path} has {found.vocab_size} ids, and the model '
-        f'{rows} embeddings: it is that of another model. Give the right one '
-        'with --tokenizer=PATH, or none: --tokenizer=')
-  return found.bytes
-
-
 def _run_config(loaded, kind):
   """A run's config: every field of the model and of its pictures."""
   config = loaded.model.config
@@ -141,8 +127,7 @@ def _run_config(loaded, kind):
                   images=1)
   seen = loaded.image or dict(size=(1, 1), fit='square', kernel='bicubic')
   image = {name: seen[name] for name in ('size', 'fit', 'kernel')}
-  style = weights.FAMILIES[loaded.layout].style
-  style = style(config) if callable(style) else style
+  style = weights.FAMILIES[loaded.layout].of('style', config)
   return dict(
       name=f'weights/{loaded.layout}', model=model, layout=layout, image=image,
       dtype=(config.text if kind == 'clip' else config.decoder).dtype,
@@ -163,7 +148,7 @@ def from_run(folder):
   notes = checkpoint.load_extras(folder).get('weights', {})
   return weights.Loaded(
       model=config_lib.build_model(config, vocab), params=params, image={},
-      tokenizer=None, layout=notes.get('layout'), dtypes={
+      tokenizer_file=None, layout=notes.get('layout'), dtypes={
           name: np.dtype(x) for name, x in notes.get('dtypes', {}).items()},
       beside=notes.get('beside', {}), report=[])
 
@@ -308,8 +293,6 @@ def main(argv=None):
   if out:
     left = export(loaded, args.to, args.layout, args.dtype)
   else:
-    if args.tokenizer == '':
-      loaded = dataclasses.replace(loaded, tokenizer=None)
     to_run(loaded, args.to, args.source, args.tokenizer)
   kind = loaded.layout or 'trained here'
   size = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))

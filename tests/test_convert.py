@@ -204,38 +204,93 @@ def test_a_tokenizer_must_be_the_models(llava, tmp_path):
     run_folder.open_run(to)
 
 
-def test_a_converted_model_is_asked_in_its_own_words(
-    tmp_path, capsys, monkeypatch):
-  """EVEv2's template, which has no <bos>, and no tokens of ours."""
-  folder = tmp_path / 'eve'
-  with np.load(GOLDEN.parent / 'eve_v2.npz') as file:
-    tensors = {name.removeprefix('weights/'): file[name]
-               for name in file if name.startswith('weights/')}
-  words = np.random.default_rng(0).normal(size=(465, 24)).astype('f4')
-  tensors |= {'model.embed_tokens.weight': words, 'lm_head.weight': words[::-1]}
-  published_files.save(folder, tensors, dict(
+def golden(folder, name, tokenizer, words, config=None):
+  """A folder of a golden model with a whole vocabulary, and a tokenizer.
+
+  Args:
+    folder: to make.
+    name: of the arrays.
+    tokenizer: name of its file.
+    words: rows of the vocabulary.
+    config: to lay beside.
+  """
+  with np.load(GOLDEN.parent / f'{name}.npz') as file:
+    tensors = {key.removeprefix('weights/'): file[key]
+               for key in file if key.startswith('weights/')}
+  for i, key in enumerate(sorted(
+      key for key in tensors if 'embed_tokens' in key or 'lm_head' in key)):
+    tensors[key] = np.random.default_rng(i).normal(
+        size=(words, tensors[key].shape[1])).astype('f4')
+  published_files.save(folder, tensors, config)
+  shutil.copy(TOKENIZERS / tokenizer, folder / (
+      'tokenizer' + pathlib.Path(tokenizer).suffix))
+  return folder
+
+
+def eve(folder):
+  """EVE, with what a file of training holds besides."""
+  golden(folder, 'eve_7b', 'llama.model', 520, dict(
+      model_type='eve', num_attention_heads=3, rms_norm_eps=1e-5))
+  (folder / 'preprocessor_config.json').write_text(json.dumps(dict(
+      image_size=40, image_size_clip=40, patch_stride_clip=8)))
+  whole = {name: tensor.array().copy()
+           for name, tensor in files.open(folder).items()
+           if 'compressor' not in name}
+  for file in folder.glob('*.safetensors*'):
+    file.unlink()
+  return published_files.save(folder, whole | {
+      'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(2)})
+
+
+def eve_v2(folder):
+  golden(folder, 'eve_v2', 'qwen2.json', 465, dict(
       model_type='eve-qwen2', num_attention_heads=3, rms_norm_eps=1e-6,
       rope_theta=1e6))
   (folder / 'preprocessor_config.json').write_text('{"max_size": 12}')
-  shutil.copy(TOKENIZERS / 'qwen2.json', folder / 'tokenizer.json')
-  run(f'--from={folder}', f'--to={tmp_path / "run"}')
+  return folder
+
+
+EMU = {'vision.heads': 3, 'vision.image_size': [10, 15], 'decoder.heads': 5,
+       'decoder.norm_eps': 1e-6, 'decoder.rope_theta': 1e4,
+       'connector.max_distance': 8}
+
+
+@pytest.mark.parametrize('make, said, begins, prompt, family', [
+    (eve, {}, True, ' USER: ', 'llama'),
+    (eve_v2, {}, False, "user's questions. USER: ", 'qwen2'),
+    # The four words that its program adds are no part of the file.
+    (lambda folder: golden(folder, 'emu_oblong', 'llama.model', 524), EMU, True,
+     None, 'emu')], ids=['eve', 'eve_v2', 'emu'])
+def test_a_converted_model_is_asked_in_its_own_words(
+    make, said, begins, prompt, family, tmp_path, capsys, monkeypatch):
+  """In its template, and with the ids of its own tokenizer."""
+  make(tmp_path / 'in')
+  run(f'--from={tmp_path / "in"}', f'--to={tmp_path / "run"}',
+      *(f'--say={field}={json.dumps(value)}' for field, value in said.items()))
+  tokenizer = weights.load(tmp_path / 'in', said=said).tokenizer
+  assert tokenizer.family == family
+  assert run_folder.open_run(tmp_path / 'run').tokenizer.bytes == (
+      tokenizer.bytes)
   Image.new('RGB', (20, 10), 'red').save(tmp_path / 'red.png')
   asked, answer = [], generate.answering.answer
   monkeypatch.setattr(generate.answering, 'answer', lambda *args, **fields: (
       asked.extend(args[2]), answer(*args, **fields))[1])
   capsys.readouterr()
-  generate.main([f'--run={tmp_path / "run"}', '--prompt=what is this?',
-                 f'--image={tmp_path / "red.png"}', '--max_tokens=4', '--json'])
+  question = ['--prompt=what is this?'] if prompt else []  # Emu captions
+  ask = [f'--run={tmp_path / "run"}', f'--image={tmp_path / "red.png"}']
+  generate.main([*ask, *question, '--max_tokens=4', '--json'])
   assert json.loads(capsys.readouterr().out)[0]['answers'][0]
-  assert not asked[0].begin
-  assert str(asked[0].spans[0].data).endswith("user's questions. USER: ")
+  assert asked[0].begin == begins
+  first = asked[0].spans[0]
+  assert first.data.endswith(prompt) if prompt else first.kind == 'image'
+  if family == 'llama':
+    with pytest.raises(errors.UserError, match='has no id in a publ'):
+      generate.main([*ask, *question, '--style=emu_instruct'])
 
 
 def test_a_model_that_predicts_features_comes_back(tmp_path):
   """Every field of a causal former and of a visual head is kept."""
-  said = {'vision.heads': 3, 'vision.image_size': [10, 15], 'decoder.heads': 5,
-          'decoder.norm_eps': 1e-6, 'decoder.rope_theta': 1e4,
-          'connector.max_distance': 8}
+  said = EMU
   with np.load(GOLDEN.parent / 'emu_oblong.npz') as file:
     published_files.save(tmp_path / 'emu', {
         name.removeprefix('weights/'): file[name]
@@ -250,26 +305,8 @@ def test_a_model_that_predicts_features_comes_back(tmp_path):
   assert run_folder.read_config(tmp_path / 'run').mix.published.style == 'emu'
 
 
-def eve(tmp_path, rows, **config):
-  """A folder of a tiny EVE as it is published, with LLaMA's tokenizer."""
-  with np.load(GOLDEN.parent / 'eve_7b.npz') as file:
-    tensors = {name.removeprefix('weights/'): file[name]
-               for name in file if name.startswith('weights/')}
-  width = tensors['lm_head.weight'].shape[1]
-  words = np.random.default_rng(0).normal(size=(rows, width)).astype('f4')
-  folder = published_files.save(tmp_path / 'eve', {
-      name: x for name, x in tensors.items() if 'compressor' not in name} | {
-          'model.embed_tokens.weight': words, 'lm_head.weight': words[::-1],
-          'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(2)}, dict(
-              model_type='eve', num_attention_heads=3, rms_norm_eps=1e-5))
-  (folder / 'preprocessor_config.json').write_text(json.dumps(dict(
-      image_size=40, image_size_clip=40, patch_stride_clip=8)))
-  shutil.copy(TOKENIZERS / 'llama.model', folder / 'tokenizer.model')
-  return folder
-
-
 def test_what_is_not_taken_is_said(tmp_path, capsys):
-  run(f'--from={eve(tmp_path, 400)}', f'--to={tmp_path / "a.safetensors"}')
+  run(f'--from={eve(tmp_path / "eve")}', f'--to={tmp_path / "a.safetensors"}')
   line, = [line for line in capsys.readouterr().out.splitlines()
            if 'not taken' in line]
   assert line.split('reads them: ')[1].split(', ') == [

@@ -20,6 +20,8 @@ import pathlib
 
 import sentencepiece
 
+from mmgen import errors
+
 _HEADER = b'{"family": '  # how `Tokenizer.bytes` begins
 _SPACE = '\u2581'  # what sentencepiece writes for a space
 
@@ -109,11 +111,16 @@ class Tokenizer:
     return Tokenizer.from_bytes, (self.bytes,)
 
   def id(self, name):
-    """The id that stands for a reserved symbol, such as `<eos>`."""
+    """The id that stands for a reserved symbol, such as `<eos>`.
+
+    Raises:
+      UserError: that family has none, and the prompts of others ask for it.
+    """
     if name not in self._reserved:
-      raise ValueError(
+      raise errors.UserError(
           f'{name!r} has no id in a published tokenizer of the family '
-          f'{self.family!r}; these have: {", ".join(self._reserved)}')
+          f'{self.family!r}; these have: {", ".join(self._reserved)}. Another '
+          'style of prompts may need none.')
     return self._reserved[name]
 
   def encode(self, text):

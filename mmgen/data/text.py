@@ -103,6 +103,22 @@ class Tokenizer:
         self._model.IdToPiece(int(i)).replace(_SPACE, ' ') for i in ids]
 
 
+def load(path, family=None):
+  """A tokenizer from a file: one of ours, or a published one.
+
+  Args:
+    path: of a tokenizer.model or a tokenizer.json.
+    family: of a published one, as for `published_text.Tokenizer`.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  try:
+    return Tokenizer.load(path)
+  except ValueError:
+    return published_text.load(path, family)
+
+
 def train(texts, vocab_size):
   """Trains a byte-pair tokenizer with byte fallback, without normalisation.
 

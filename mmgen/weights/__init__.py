@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -14,6 +15,7 @@ import flax.traverse_util
 import jax
 
 from mmgen import errors
+from mmgen.data import text
 from mmgen.weights import assembly
 from mmgen.weights import files
 from mmgen.weights import layout as layout_lib
@@ -41,7 +43,7 @@ class Loaded:
     params: nested dict of its parameters.
     image: how a picture becomes pixels: size, fit, kernel, mean, std. The
       model itself applies mean and std.
-    tokenizer: path of the tokenizer's file beside the weights, or None.
+    tokenizer_file: beside the weights, or None.
     layout: a name of `FAMILIES`.
     dtypes: {their name: dtype} of the file.
     beside: {name: content} of the JSON files that lay beside it.
@@ -51,12 +53,18 @@ class Loaded:
   model: Any
   params: Any
   image: dict
-  tokenizer: pathlib.Path | None
+  tokenizer_file: pathlib.Path | None
   layout: str
   dtypes: dict
   beside: dict
   report: list
   left: list = dataclasses.field(default_factory=list)
+
+  @functools.cached_property
+  def tokenizer(self):
+    """That beside the weights, or None; a UserError if it is not theirs."""
+    file = self.tokenizer_file
+    return file and open_tokenizer(file, self.layout, self.model.config)
 
 
 def recognise(path, said=None):
@@ -119,10 +127,38 @@ def load(path, *, place=None, dtype='float32', said=None):
   return Loaded(
       model=model, params=flax.traverse_util.unflatten_dict(params, sep='/'),
       image=layout.image(config, beside),
-      tokenizer=next((folder / file for file in TOKENIZERS
-                      if (folder / file).exists()), None),
+      tokenizer_file=next((folder / file for file in TOKENIZERS
+                           if (folder / file).exists()), None),
       layout=name, dtypes={name: t.dtype for name, t in tensors.items()},
       beside=beside, report=layout_lib.report(rules, tensors, ours), left=left)
+
+
+def open_tokenizer(path, layout, config):
+  """Opens the tokenizer of a published model.
+
+  Args:
+    path: of its file.
+    layout: a name of `FAMILIES`, which tells its special pieces; None for a
+      file that tells them itself.
+    config: of the model.
+
+  Raises:
+    UserError: the file cannot be read, or is that of another model.
+  """
+  family = FAMILIES[layout].of('family', config) if layout else None
+  try:
+    found = text.load(path, family)
+  except (OSError, ValueError) as error:
+    raise errors.UserError(
+        f'the tokenizer {path} cannot be read: {error}. Give another with '
+        '--tokenizer=PATH, or none: --tokenizer=') from error
+  rows = (config.text if hasattr(config, 'text') else config.decoder).vocab
+  if found.vocab_size > rows:
+    raise errors.UserError(
+        f'the tokenizer {path} has {found.vocab_size} ids, and the model '
+        f'{rows} embeddings: it is that of another model. Give the right one '
+        'with --tokenizer=PATH, or none: --tokenizer=')
+  return found
 
 
 def export(layout, config, params, dtypes):

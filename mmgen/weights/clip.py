@@ -341,7 +341,7 @@ def _layout(rules, base, fit, resize, stated=lambda *_: {}, ignored=(),
                                   stated=with_pixels, base=clip.SIZES[base]),
       build=two_towers.build, rules=rules,
       image=functools.partial(_image, fit=fit), ignored=ignored,
-      resize=resize)
+      resize=resize, family=base.partition('-')[0])
 
 
 _NUMBERS = (r'input_resolution|context_length|vocab_size|.*\battn_mask',)

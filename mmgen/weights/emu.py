@@ -258,36 +258,41 @@ _FORMER = {
                              ('cross_attention', '1.EncDecAttention'))
         for part in ('query', 'key', 'value', 'out')}
 _POOLS = {32272: 4, 32274: 2}
-_STYLES = {32274: 'emu2_chat'}  # the others caption
+# By words: (style of prompts, family of the tokenizer).
+_SPOKEN = {32004: ('emu', 'emu'), 32006: ('emu_instruct', 'emu_instruct'),
+           32272: ('emu', 'emu2'), 32274: ('emu2_chat', 'emu2_chat')}
 _ADAPTERS = multimodal.SIZES['emu-i'].lora
 _INFIX = '.default'
 
 
-def _layout(names, style):
+def _layout(names, usual):
+  spoken = lambda config: _SPOKEN.get(config.decoder.vocab, usual)
   return layout.Layout(
       recognise=functools.partial(_recognise, names=names),
       build=decoders.build, rules=functools.partial(_rules, names=names),
       image=_image, ignored=(
           *decoders.BUFFERS, r'visual\.(norm|head)\.(weight|bias)',
           r'cformer\.cformer\.embed_tokens\.weight',
-          r'(unet|vae|safety_checker)\..*'), style=style)
+          r'(unet|vae|safety_checker)\..*'),
+      style=lambda config: spoken(config)[0],
+      family=lambda config: spoken(config)[1])
 
 
-def _emu(lm, base=None, style='emu_instruct'):
+def _emu(lm, base=None, words=32006):
   return _layout(_Names(decoders.Names(f'{lm}model.', f'{lm}lm_head'), '',
-                        f'{lm}stu_regress_head', base=base), style)
+                        f'{lm}stu_regress_head', base=base), _SPOKEN[words])
 
 
 def _emu2(tower, root):
   lm = f'{tower}decoder.lm.'
   return _layout(_Names(decoders.Names(f'{lm}model.', f'{lm}lm_head'), tower,
                         f'{root}project_down', up=f'{root}project_up'),
-                 lambda config: _STYLES.get(config.decoder.vocab, 'emu'))
+                 _SPOKEN[32272])
 
 
 _PEFT = 'decoder.lm.base_model.model.'
 LAYOUTS = {
-    'emu': _emu('decoder.lm.', style='emu'),
+    'emu': _emu('decoder.lm.', words=32004),
     'emu_instruct': _emu(_PEFT, ''),
     'emu_instruct_new': _emu(_PEFT, '.base_layer'),
     'emu2': _emu2('', ''),

@@ -355,7 +355,7 @@ def _layout(names, rules=_rules, stated=_open_clip_stated, kind='open_clip',
           signature=signature),
       build=two_towers.build, rules=rules, image=image,
       ignored=(r'(.*\.)?freqs_(cos|sin)', r'.*\.position_ids'),
-      resize=resize)
+      resize=resize, family='clip')
 
 
 # ---------------------------------------------------------------------------

@@ -236,12 +236,13 @@ LAYOUTS = {
     'eve': layout.Layout(
         recognise=functools.partial(_recognise, aligned=False),
         build=decoders.build, rules=_rules, image=_image,
-        ignored=(*decoders.BUFFERS, *_CLIP), style='vicuna_v1'),
+        ignored=(*decoders.BUFFERS, *_CLIP), style='vicuna_v1', family='llama'),
     'eve_aligned': layout.Layout(
         recognise=functools.partial(_recognise, aligned=True),
         build=_build, rules=_aligned_rules, image=_image,
-        ignored=(*decoders.BUFFERS, *_CLIP), style='vicuna_v1'),
+        ignored=(*decoders.BUFFERS, *_CLIP), style='vicuna_v1', family='llama'),
     'eve_v2': layout.Layout(
         recognise=_recognise_v2, build=decoders.build, rules=_v2_rules,
-        image=_image_v2, ignored=decoders.BUFFERS, style='eve2'),
+        image=_image_v2, ignored=decoders.BUFFERS, style='eve2',
+        family='qwen2'),
 }

@@ -144,7 +144,8 @@ def _layout(names):
   return layout.Layout(
       recognise=functools.partial(_recognise, names=names),
       build=decoders.build, rules=functools.partial(_rules, names=names),
-      image=_image, ignored=decoders.BUFFERS, style='fuyu')
+      image=_image, ignored=decoders.BUFFERS, style='fuyu',
+      family='fuyu')
 
 
 LAYOUTS = {

@@ -62,6 +62,9 @@ class Layout:
       that the model never reads.
     style: of the prompts it was trained on, a name of `data.prompts.STYLES`, or
       a function of the config that returns one.
+    family: of the tokenizer that goes with it, a name of
+      `data.published_text.FAMILIES`, a function of the config that returns
+      one, or None: the tokenizer's file tells.
     resize: how its reference resizes positions of the image tower to another
       grid, a method of `positions.resize_positions`; None if it has none.
     fresh: patterns of leaves within a part, such as 'stack/final_norm/.*', that
@@ -73,8 +76,14 @@ class Layout:
   image: Callable[..., dict]
   ignored: tuple[str, ...] = ()
   style: str | Callable[..., str] = 'own'
+  family: str | Callable[..., str] | None = None
   resize: str | None = None
   fresh: tuple[str, ...] = ()
+
+  def of(self, field, config):
+    """The style, or the family, of a model with that config."""
+    value = getattr(self, field)
+    return value(config) if callable(value) else value
 
 
 # ---------------------------------------------------------------------------

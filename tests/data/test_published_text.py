@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from mmgen import errors
 from mmgen.data import layout
 from mmgen.data import prompts
 from mmgen.data import published_text
@@ -272,9 +273,9 @@ def test_reserved_names():
       '<pad>': '!', '<bos>': '<|startoftext|>', '<eos>': '<|endoftext|>'}
   assert ids['fuyu.json']['<answer>'] == '<0x04>'
   assert tokenizer('clip.json').id('<pad>') == 0
-  with pytest.raises(ValueError, match="'<bos>' has no id .* 'qwen2'"):
+  with pytest.raises(errors.UserError, match="'<bos>' has no id .* 'qwen2'"):
     tokenizer('qwen2.json').id('<bos>')
-  with pytest.raises(ValueError, match="'<user>' has no id .* 'llama'"):
+  with pytest.raises(errors.UserError, match="'<user>' has no id .* 'llama'"):
     tokenizer('llama.model').id('<user>')
 
 

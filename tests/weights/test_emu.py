@@ -149,9 +149,10 @@ def test_published_sizes(layout, size, count):
   tensors, found = published_files.shapes(layout, config)
   assert found == count
   assert published_files.recognised(tensors) == (layout, config)
-  style = weights.FAMILIES[layout].style
-  assert (style(config) if callable(style) else style) == {
-      'emu-i': 'emu_instruct', 'emu2-chat': 'emu2_chat'}.get(size, 'emu')
+  family = weights.FAMILIES[layout]
+  assert [family.of(field, config) for field in ('style', 'family')] == {
+      'emu': ['emu', 'emu'], 'emu-i': ['emu_instruct'] * 2,
+      'emu2-chat': ['emu2_chat'] * 2}.get(size, ['emu', 'emu2'])
   lm = dict(emu='decoder.lm.', emu_instruct=WRAPPED, emu2='decoder.lm.',
             emu2_gen='multimodal_encoder.decoder.lm.',
             hf_emu2='model.decoder.lm.')[layout]
