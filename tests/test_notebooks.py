@@ -88,6 +88,13 @@ def test_shows_no_warning_and_every_picture(executed):
   assert len(pictures) == 4
 
 
+COUNTED = {
+    'llava-1.5-7b': 7_062_902_784, 'llava-1.5-13b': 13_350_839_296,
+    'fuyu-8b': 9_408_238_592, 'eve-7b': 6_768_398_336,
+    'eve-7b-hd': 6_768_398_336, 'eve-7b-hd-v2.0': 14_156_712_960,
+    'emu2': 36_906_513_152}
+
+
 def test_published_models_embed_and_answer(published):
   notebook, found = published
   assert not [o for cell in code_cells(notebook) for o in cell.outputs
@@ -99,7 +106,7 @@ def test_published_models_embed_and_answer(published):
   assert found['slots'] == dict(
       hf_llava=16, hf_fuyu=48, eve=55, eve_v2=25, emu=32, emu2=4)
   assert all(len(ids) == 8 for ids in found['answers'].values())
-  assert found['sizes']['emu2'] == 36_906_513_152
+  assert {name: found['sizes'][name] for name in COUNTED} == COUNTED
   assert found['report'] == found['leaves']
 
 

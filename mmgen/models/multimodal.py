@@ -393,11 +393,48 @@ def _emu2(vocab, pool):
       visual_head_lib.VisualHeadConfig('linear', 'vision'))
 
 
+def _llava(size):
+  text = decoder_lib.sized(size)
+  return MultimodalConfig(text, vision_encoder.sized('clip-l14-336'),
+                          connector_lib.ConnectorConfig('mlp', text.width))
+
+
+def _fuyu():
+  text = decoder_lib.sized('persimmon-8b')
+  return MultimodalConfig(
+      text, patch_embedding.LinearPatchesConfig(text.width, bos='after_image'),
+      connector_lib.ConnectorConfig('identity', text.width))
+
+
+def _eve():
+  text = decoder_lib.sized('vicuna-7b')
+  return MultimodalConfig(text, patch_embedding.EveConfig(),
+                          connector_lib.ConnectorConfig('mlp', text.width))
+
+
+def _eve_v2():
+  text = decoder_lib.sized(
+      'qwen2.5-7b', modality_weights=('norms', 'attention', 'mlp'))
+  return MultimodalConfig(
+      text, patch_embedding.ConvPatchesConfig(text.width),
+      connector_lib.ConnectorConfig('identity', text.width))
+
+
+# LLaVA-1.5: arXiv 2310.03744. EVE: arXiv 2406.11832; 7B and HD are one model,
+# at 24 and 48 cells on the longer side. EVEv2: arXiv 2502.06788. Released
+# configs, as that of Fuyu-8B.
+#
 # Emu: arXiv 2307.05222; Emu2: arXiv 2312.13286; released code. Emu-I and
 # Emu2-Chat have two words more, [USER] and [ASSISTANT]; Emu-I is adapters on
 # top of Emu. Emu2-Chat makes cells of 2 x 2 patches of a picture, but of 4 x 4
 # of a video's, which is not here.
 SIZES = {
+    'llava-1.5-7b': _llava('vicuna-7b'),
+    'llava-1.5-13b': _llava('vicuna-13b'),
+    'fuyu-8b': _fuyu(),
+    'eve-7b': _eve(),
+    'eve-7b-hd': _eve(),
+    'eve-7b-hd-v2.0': _eve_v2(),
     'emu': _emu(32004),
     'emu-i': dataclasses.replace(_emu(32006), lora=lora_lib.LoraConfig(
         rank=16, alpha=16, dropout=0.05, pattern='^attention/')),

@@ -19,7 +19,6 @@ import reference
 from mmgen.data import document
 from mmgen.data import image
 from mmgen.data import layout
-from mmgen.models import connector
 from mmgen.models import decoder
 from mmgen.models import multimodal
 from mmgen.models import patch_embedding
@@ -158,10 +157,7 @@ def test_greedy_answers_equal_the_reference(name):
 
 
 def test_fuyu_8b_has_its_parameters():
-  text = decoder.sized('persimmon-8b')
-  config = multimodal.MultimodalConfig(
-      text, patch_embedding.LinearPatchesConfig(text.width, bos='after_image'),
-      connector.ConnectorConfig('identity', text.width))
+  config = multimodal.SIZES['fuyu-8b']
   shapes = jax.eval_shape(
       multimodal.MultimodalDecoder(config).init, jax.random.key(0),
       multimodal.example_batch(config, (1080, 1920)))['params']

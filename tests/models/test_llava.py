@@ -19,11 +19,8 @@ import reference
 
 from mmgen.data import document
 from mmgen.data import layout
-from mmgen.models import connector
-from mmgen.models import decoder
 from mmgen.models import multimodal
 from mmgen.models import sampling
-from mmgen.models import vision_encoder
 from mmgen.objectives import next_token
 
 # A conversation is a list of turns (pictures, question, answer); `words` stand
@@ -185,12 +182,9 @@ def test_greedy_answers_equal_the_reference(name):
 
 
 @pytest.mark.parametrize('size, count', [
-    ('vicuna-7b', 7_062_902_784), ('vicuna-13b', 13_350_839_296)])
+    ('llava-1.5-7b', 7_062_902_784), ('llava-1.5-13b', 13_350_839_296)])
 def test_published_sizes_have_their_parameters(size, count):
-  text = decoder.sized(size)
-  config = multimodal.MultimodalConfig(
-      text, vision_encoder.sized('clip-l14-336'),
-      connector.ConnectorConfig('mlp', text.width))
+  config = multimodal.SIZES[size]
   assert (config.vision.tap, config.vision.mlp) == (-2, 'quick_gelu')
   shapes = jax.eval_shape(
       multimodal.MultimodalDecoder(config).init, jax.random.key(0),

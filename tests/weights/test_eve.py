@@ -16,10 +16,7 @@ import reference
 from mmgen import errors
 from mmgen import weights
 from mmgen.models import alignment
-from mmgen.models import connector
-from mmgen.models import decoder
 from mmgen.models import multimodal
-from mmgen.models import patch_embedding
 from mmgen.models import vision_encoder
 
 CONFIGS = {
@@ -78,15 +75,8 @@ def test_export_after_import_is_identical(name, layout, dtype, tmp_path):
                              layout, dtype)
 
 
-def published():
-  text = decoder.sized('vicuna-7b')
-  return multimodal.MultimodalConfig(
-      text, patch_embedding.EveConfig(),
-      connector.ConnectorConfig('mlp', text.width))
-
-
 def test_eve_7b():
-  config = published()
+  config = multimodal.SIZES['eve-7b']
   tensors, count = published_files.shapes('eve', config)
   assert count == 6_768_398_336
   D, tower = 1024, 'model.vision_tower.'
@@ -129,7 +119,7 @@ def test_eve_7b():
 
 def test_pictures_are_as_the_files_beside_say():
   image = weights.FAMILIES['eve'].image
-  of = lambda **files: image(published(), {
+  of = lambda **files: image(multimodal.SIZES['eve-7b'], {
       f'{name}.json': content for name, content in files.items()})
   assert of() == dict(
       size=(672, 672), fit='pad', kernel='bicubic',
@@ -140,12 +130,12 @@ def test_pictures_are_as_the_files_beside_say():
     assert (found['size'], found['fit']) == ((1344, 1344), 'pad_pairs')
   with pytest.raises(errors.UserError, match='36 x 36 cells .* 24 x 24 of'):
     of(preprocessor_config=dict(image_size=1008))
-  tensors, _ = published_files.shapes('eve', published())
+  tensors, _ = published_files.shapes('eve', multimodal.SIZES['eve-7b'])
   _, found = published_files.recognised(tensors, {
       'preprocessor_config.json': dict(
           conv_stride=3, image_mean=[0.1, 0.2, 0.3])})
   assert found.vision == dataclasses.replace(
-      published().vision, pool=3, mean=(0.1, 0.2, 0.3))
+      multimodal.SIZES['eve-7b'].vision, pool=3, mean=(0.1, 0.2, 0.3))
 
 
 def test_what_is_wrong_is_said(tmp_path):
@@ -217,11 +207,7 @@ def test_export_of_both_sets_is_identical(name, dtype, tmp_path):
 
 
 def test_eve_v2():
-  text = decoder.sized('qwen2.5-7b',
-                       modality_weights=('norms', 'attention', 'mlp'))
-  config = multimodal.MultimodalConfig(
-      text, patch_embedding.ConvPatchesConfig(text.width),
-      connector.ConnectorConfig('identity', text.width))
+  config = multimodal.SIZES['eve-7b-hd-v2.0']
   tensors, count = published_files.shapes('eve_v2', config)
   assert count == 14_156_712_960
   D, F, block, tower = 3584, 18944, 'model.layers.27.', 'model.vision_tower.'
@@ -251,7 +237,7 @@ def test_eve_v2():
         tensors, {'config.json': own}) == ('eve_v2', config)
   for parts in ('norms',), ('mlp',), ():  # as EVEv2's ablations have them
     fewer = dataclasses.replace(config, decoder=dataclasses.replace(
-        text, modality_weights=parts))
+        config.decoder, modality_weights=parts))
     assert published_files.recognised(published_files.shapes(
         'eve_v2', fewer)[0]) == ('eve_v2', fewer)
   image = weights.FAMILIES['eve_v2'].image

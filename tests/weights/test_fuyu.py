@@ -14,10 +14,7 @@ import reference
 
 from mmgen import errors
 from mmgen import weights
-from mmgen.models import connector
-from mmgen.models import decoder
 from mmgen.models import multimodal
-from mmgen.models import patch_embedding
 
 # Beside sizes, which shapes tell; of old they stood at the top.
 CONFIGS = {
@@ -85,16 +82,9 @@ def test_export_after_import_is_identical(name, layout, dtype, tmp_path):
       dtype)
 
 
-def published():
-  text = decoder.sized('persimmon-8b')
-  return multimodal.MultimodalConfig(
-      text, patch_embedding.LinearPatchesConfig(text.width, bos='after_image'),
-      connector.ConnectorConfig('identity', text.width))
-
-
 @pytest.mark.parametrize('layout', ['hf_fuyu', 'hf_fuyu_new'])
 def test_fuyu_8b(layout):
-  config = published()
+  config = multimodal.SIZES['fuyu-8b']
   tensors, count = published_files.shapes(layout, config)
   assert count == 9_408_238_592
   block, D = 'language_model.model.layers.{}.', 4096

@@ -20,7 +20,6 @@ import reference
 from mmgen import errors
 from mmgen import weights
 from mmgen.models import connector
-from mmgen.models import decoder
 from mmgen.models import multimodal
 from mmgen.models import positions
 from mmgen.models import vision_encoder
@@ -186,17 +185,10 @@ def test_the_projector_alone(tmp_path):
 # Recognition
 
 
-def published(size):
-  text = decoder.sized(size)
-  return multimodal.MultimodalConfig(
-      text, vision_encoder.sized('clip-l14-336'),
-      connector.ConnectorConfig('mlp', text.width))
-
-
 @pytest.mark.parametrize('size, count', [
-    ('vicuna-7b', 7_062_902_784), ('vicuna-13b', 13_350_839_296)])
+    ('llava-1.5-7b', 7_062_902_784), ('llava-1.5-13b', 13_350_839_296)])
 def test_published_sizes(size, count):
-  expected = published(size)
+  expected = multimodal.SIZES[size]
   D = expected.decoder.width
   for layout, tower, first in (
       ('llava', None, 'model.mm_projector.0'),
@@ -224,7 +216,7 @@ def test_published_sizes(size, count):
 
 
 def test_a_padded_vocabulary_is_kept():
-  config = published('vicuna-7b')
+  config = multimodal.SIZES['llava-1.5-7b']
   config = dataclasses.replace(
       config, decoder=dataclasses.replace(config.decoder, vocab=32064))
   tensors, count = published_files.shapes('hf_llava', config)
@@ -242,7 +234,7 @@ def test_a_padded_vocabulary_is_kept():
 
 
 def test_a_config_decides_what_shapes_do_not():
-  expected = published('vicuna-7b')
+  expected = multimodal.SIZES['llava-1.5-7b']
   tensors, _ = published_files.shapes('llava', expected)
   own, _ = config('llava_square', 'llava')
   own |= dict(num_attention_heads=32)
