@@ -151,15 +151,22 @@ def _choose(folder):
 def _index(path):
   """Shards, by the index that says which tensor is in which file."""
   shards = json.loads(path.read_text())['weight_map']
-  tensors = {}
+  tensors, broken = {}, []
   for name in sorted(set(shards.values())):
     if pathlib.PurePath(name).name != name:
       raise pickles.Corrupt(f'{name!r} is no name of a file beside it')
-    shard = _file(path.parent / name)
+    try:
+      with _reported(path.parent / name):
+        shard = _file(path.parent / name)
+    except errors.UserError as error:
+      broken.append(str(error))
+      continue
     twice = sorted(tensors.keys() & shard.keys())
     if twice:
       raise pickles.Corrupt(f'{", ".join(twice)} stand in several of its files')
     tensors |= shard
+  if broken:
+    raise errors.UserError(' '.join(broken))
   wrong = [name for name, file in shards.items()
            if name not in tensors or tensors[name].file.name != file]
   if wrong:

@@ -154,6 +154,22 @@ def test_an_index_names_only_files_beside_it(tmp_path):
   refused(path, 'damaged')
 
 
+def test_every_broken_shard_is_named(tmp_path):
+  arrays = {f'layer.{i}': np.zeros(4, np.float32) for i in range(5)}
+  files.write(tmp_path, arrays, max_shard_bytes=16)
+  shard = lambda i: tmp_path / f'model-0000{i}-of-00005.safetensors'
+  shard(2).unlink()
+  shard(3).write_bytes(shard(3).read_bytes()[:-10])
+  shard(5).write_text('version https://git-lfs.github.com/spec/v1')
+  with pytest.raises(errors.UserError) as caught:
+    files.open(tmp_path)
+  said = str(caught.value).split('cannot read weights from ')
+  assert [part.split(': ')[0] for part in said] == [
+      '', *(str(shard(i)) for i in (2, 3, 5))]
+  for part, why in zip(said[1:], ('No such file', 'take 16 bytes', 'lfs pull')):
+    assert why in part and '\n' not in part
+
+
 # ---------------------------------------------------------------------------
 # PyTorch's pickles run nothing
 
