@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import struct
 import types
 import zipfile
@@ -32,6 +33,9 @@ from mmgen.weights import pickles
 
 # The largest header of safetensors, by its definition.
 _MOST_HEADER = 100_000_000
+# The largest header of npy, and one of the three entries that it has.
+_MOST_NPY = 10_000
+_NPY_ENTRY = r"'(\w+)': *('[^']*'|True|False|\([0-9, ]*\)),? *"
 # In a folder, the first of these that it has is its weights.
 _CHOICE = ('*.safetensors.index.json', '*.safetensors', '*.bin.index.json',
            'adapter_model.bin', '*.bin', '*.pt', '*.pth', '*.npz')
@@ -46,6 +50,9 @@ _DTYPES = {
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError,
            TypeError, AttributeError, LookupError, RuntimeError)
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+# numpy stores bfloat16 as two bytes of nothing, '<V2' or '|V2'.
+_NPY_DTYPES = {dtype.str: dtype for dtype in _NAMES if dtype.kind != 'V'} | {
+    f'{order}V2': np.dtype(ml_dtypes.bfloat16) for order in '<|'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +226,10 @@ def _safetensors(path):
   for start, stop, name, code, shape in sorted(
       (*info['data_offsets'], name, info['dtype'], info['shape'])
       for name, info in header.items()):
-    if any(type(n) is not int or n < 0 for n in (start, stop, *shape)):
-      raise pickles.Corrupt(f'{name} has the shape {shape} at {[start, stop]}')
+    if any(type(n) is not int or n < 0 for n in (start, stop)) or (
+        not pickles.is_shape(shape)):
+      raise pickles.Corrupt(f'{name} has the shape {str(shape)[:99]} at '
+                            f'{[start, stop]}')
     if code not in _DTYPES:
       raise pickles.Corrupt(f'{name} is of the unknown dtype {code!r}')
     dtype = np.dtype(_DTYPES[code])
@@ -253,14 +262,16 @@ def _zip(path):
   can be mapped: their place is behind a header of their own.
   """
   with zipfile.ZipFile(path) as archive, path.open('rb') as file:
-    members, end = {}, path.stat().st_size
+    members, end, total = {}, path.stat().st_size, 0
     for info in archive.infolist():
       file.seek(info.header_offset)
       mark, name_size, extra_size = struct.unpack('<4s22x2H', file.read(30))
       start = info.header_offset + 30 + name_size + extra_size
+      total += 30 + info.compress_size  # of a place that is no other's
       stored = info.compress_type == zipfile.ZIP_STORED
-      if mark != b'PK\3\4' or info.filename in members or stored and (
-          info.file_size != info.compress_size or start + info.file_size > end):
+      if mark != b'PK\3\4' or info.filename in members or total > end or (
+          stored and (info.file_size != info.compress_size
+                      or start + info.file_size > end)):
         raise pickles.Corrupt(f'its directory is wrong about {info.filename!r}')
       members[info.filename] = start if stored else None, info.file_size
     if all(name.endswith('.npy') for name in members):
@@ -271,19 +282,10 @@ def _zip(path):
 
 
 def _npy(path, archive, name, start, size):
-  """One array of an npz; numpy stores bfloat16 as two bytes of nothing."""
+  """One array of an npz."""
   with archive.open(name) as file:
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-      raise pickles.Corrupt(f'{name} is of version {version} of npy')
-    shape, fortran, dtype = read(file)
+    shape, fortran, dtype = _npy_header(name, file)
     offset = file.tell()
-  if dtype == np.dtype('V2'):
-    dtype = np.dtype(ml_dtypes.bfloat16)
-  if dtype not in _NAMES:
-    raise pickles.Corrupt(f'{name} is of the unknown dtype {dtype}')
   if offset + math.prod(shape) * dtype.itemsize != size:
     raise pickles.Corrupt(f'{name}, {dtype} {list(shape)}, has '
                           f'{size - offset} bytes')
@@ -293,6 +295,32 @@ def _npy(path, archive, name, start, size):
   if start is None:
     return Tensor(path, offset, shape, strides, dtype, member=name)
   return Tensor(path, start + offset, shape, strides, dtype)
+
+
+def _npy_header(name, file):
+  """(shape, whether in Fortran's order, dtype) of an array that begins here.
+
+  Python would read more than a header may be, at any cost.
+  """
+  mark, version = file.read(6), tuple(file.read(2))
+  if mark != b'\x93NUMPY' or version not in ((1, 0), (2, 0)):
+    raise pickles.Corrupt(f'{name} is of version {version} of npy')
+  length = int.from_bytes(file.read(2 * version[0]), 'little')
+  text = file.read(min(length, _MOST_NPY)).decode('latin1')
+  match = re.fullmatch(r'\{' + 3 * _NPY_ENTRY + r'\}\s*', text)
+  parts = match.groups() if match else ()
+  entries = dict(zip(parts[::2], parts[1::2]))
+  if len(text) != length or entries.keys() != {
+      'descr', 'fortran_order', 'shape'} or entries['fortran_order'] not in (
+          'True', 'False'):
+    raise pickles.Corrupt(f'{name} has the header {text[:60]!r}')
+  code, order, shape = (entries[key] for key in sorted(entries))
+  if code[1:-1] not in _NPY_DTYPES:
+    raise pickles.Corrupt(f'{name} is of the unknown dtype {code[:30]}')
+  shape = tuple(int(n) for n in shape[1:-1].split(',') if n.strip())
+  if not pickles.is_shape(shape):
+    raise pickles.Corrupt(f'{name} has the shape {str(shape)[:99]}')
+  return shape, order == 'True', _NPY_DTYPES[code[1:-1]]
 
 
 # ---------------------------------------------------------------------------

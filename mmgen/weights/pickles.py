@@ -23,6 +23,13 @@ import numpy as np
 # Bytes of the longest pickle that is read; state dicts take a few hundred each
 # tensor.
 _LONGEST = 100_000_000
+# Axes and elements of the largest tensor.
+_AXES, _ELEMENTS = 32, 2**48
+# Times that a storage may be in a state dict: as matrices that are tied, and in
+# training files as parts that stand twice.
+_USES = 4
+# Numbers in a pickle that are keys of a dict; each has a place of its own then.
+_KEYS = 2**20
 # What training scripts put a state dict into.
 _WRAPPERS = ('state_dict', 'module', 'model')
 
@@ -80,19 +87,24 @@ def state_dict(archive, members):
   found = [name for name in members if name.rpartition('/')[2] == 'data.pkl']
   if len(found) != 1 or members[found[0]][1] > _LONGEST:
     raise Corrupt('it is a zip file, but neither of PyTorch nor npz')
+  if members[found[0]][0] is None:
+    raise Corrupt('its pickle is compressed, as PyTorch leaves none')
   prefix = found[0].removesuffix('data.pkl')
   if f'{prefix}byteorder' in members:
-    order = archive.read(f'{prefix}byteorder')
+    with archive.open(f'{prefix}byteorder') as file:
+      order = file.read(9)
     if order != b'little':
-      raise Corrupt(f'its byte order is {order[:9]}, not little; save it anew '
+      raise Corrupt(f'its byte order is {order}, not little; save it anew '
                     'on a machine like this one')
   tree = read(archive.read(found[0]))
   for _ in _WRAPPERS:  # one may stand in another
     if type(tree) is dict:  # not a module
       tree = next((tree[name] for name in _WRAPPERS
                    if isinstance(tree.get(name), dict)), tree)
-  places = {}
+  places, storages, total = {}, {}, 0
   for name, tensor in _leaves(tree, '', set()):
+    if name in places:
+      raise Corrupt(f'{name!r} is the name of several tensors')
     storage, size = tensor.storage, tensor.storage.dtype.itemsize
     start, there = members.get(f'{prefix}data/{storage.key}', (None, 0))
     if start is None or there < storage.elements * size:
@@ -100,6 +112,11 @@ def state_dict(archive, members):
                     f'{storage.elements} of {storage.dtype} in its pickle')
     places[name] = (start + tensor.start * size, tensor.shape,
                     tuple(n * size for n in tensor.strides), storage.dtype)
+    storages[storage.key] = there
+    total += math.prod(tensor.shape) * size
+  if total > _USES * sum(storages.values()) + 2**20:  # small ones are expanded
+    raise Corrupt(f'its tensors have {total} bytes, and their storages '
+                  f'{sum(storages.values())}')
   if all(name.startswith('module.') for name in places):
     return {name.removeprefix('module.'): x for name, x in places.items()}
   return places
@@ -115,6 +132,13 @@ def _leaves(tree, prefix, seen):
       yield f'{prefix}{key}', value
     else:
       yield from _leaves(value, f'{prefix}{key}.', seen)
+
+
+def is_shape(shape):
+  """Whether numbers of a file are a shape that an array can have."""
+  return len(shape) <= _AXES and all(
+      type(n) is int and n >= 0 for n in shape) and math.prod(
+          max(n, 1) for n in shape) <= _ELEMENTS
 
 
 def spell(tensors):
@@ -199,6 +223,8 @@ class _Machine:
         items = self.unmark()
         _put(items, self.stack[-1])
       case 'PUT' | 'BINPUT' | 'LONG_BINPUT':
+        if argument > len(self.memory):  # one after the other
+          raise ValueError
         self.memory[argument] = stack[-1]
       case 'MEMOIZE':
         self.memory[len(self.memory)] = stack[-1]
@@ -236,12 +262,15 @@ def _of(value, kind):
 def _put(items, target):
   """Puts alternating keys and values into a dict.
 
-  Keys are texts and numbers: a nested tuple could take for ever to hash.
+  Keys are texts and small numbers: a nested tuple could take for ever to hash,
+  and of large numbers all may have the same hash.
   """
   if len(items) % 2:
     raise ValueError
   for key, value in zip(items[::2], items[1::2]):
-    if _of(key, str | int) in _of(target, dict):
+    if isinstance(_of(key, str | int), int) and not 0 <= key < _KEYS:
+      raise ValueError
+    if key in _of(target, dict):
       raise Corrupt(f'{key!r} stands twice in a dict of its pickle')
     target[key] = value
   return target
@@ -259,7 +288,7 @@ def _lookup(module, word):
 
 
 def _sizes(*numbers):
-  if any(type(number) is not int or number < 0 for number in numbers):
+  if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
     raise ValueError
   return numbers
 
@@ -274,10 +303,10 @@ def _storage(persistent):
 
 def _tensor(storage, start, shape, strides, *_):
   """torch._utils._rebuild_tensor_v2; drops gradients, hooks and metadata."""
-  tensor = _Tensor(_of(storage, _Storage), *_sizes(start), _sizes(*shape),
-                   _sizes(*strides))
-  if len(shape) != len(strides):
+  if not is_shape(shape) or len(shape) != len(strides):
     raise ValueError
+  tensor = _Tensor(_of(storage, _Storage), *_sizes(start), tuple(shape),
+                   _sizes(*strides))
   last = start + sum((n - 1) * stride for n, stride in zip(shape, strides))
   if 0 not in shape and last >= storage.elements:
     raise Corrupt(f'a tensor {list(shape)} reaches beyond its storage')
