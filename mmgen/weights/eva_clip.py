@@ -122,7 +122,7 @@ def style(tensors, names):
 
 def _is_packed(tensors, names):
   """Whether gate and up are in one matrix; timm's has the name of another."""
-  block = names.blocks.format(layer=0)
+  block = layout.of_layer(names.blocks, 0)
   up, down = (tensors.get(f'{block}{name}.weight') for name in (
       names.packed, names.swiglu['mlp/down']))
   return bool(up and down and len(down.shape) == 2

@@ -164,6 +164,11 @@ def modules(pairs, ours, theirs, bias=True):
 _MOST_KINDS = 4
 
 
+def of_layer(name, layer):
+  """Their name of a tensor in one layer; it is no template of Python's."""
+  return name.replace('{layer}', str(layer))
+
+
 def expected(rules, ours):
   """Returns {their name: shape}, as it follows from our leaves."""
   shapes = {}
@@ -173,7 +178,7 @@ def expected(rules, ours):
     arrays = rule.to_theirs(*(
         np.broadcast_to(np.int8(0), shape[rule.layered:]) for shape in leaves))
     for name, array in zip(rule.theirs, arrays):
-      shapes |= {name.format(layer=i): array.shape for i in layers}
+      shapes |= {of_layer(name, i): array.shape for i in layers}
   return shapes
 
 
@@ -294,7 +299,7 @@ def _places(rules):
 
 def _load_leaf(rule, which, tensors, target):
   def read(layer, index):
-    views = (tensors[name.format(layer=layer)].array() for name in rule.theirs)
+    views = (tensors[of_layer(name, layer)].array() for name in rule.theirs)
     return rule.to_ours(*views)[which][index]
 
   def shard(index):
@@ -335,7 +340,7 @@ def export(rules, params, dtypes):
       arrays = rule.to_theirs(*(
           leaf if layer is None else leaf[layer] for leaf in leaves))
       for name, array in zip(rule.theirs, arrays):
-        name = name.format(layer=layer)
+        name = of_layer(name, layer)
         dtype = dtypes[name] if isinstance(dtypes, dict) else dtypes
         yield name, array.astype(dtype, copy=False)
 
@@ -353,13 +358,13 @@ def renamed(dtypes, old, new, ours):
     {their name: dtype}; float32 for what the file does not have. All layers
     have that of the first.
   """
-  first = {name: rule.theirs[0].format(layer=0) for rule in old
+  first = {name: of_layer(rule.theirs[0], 0) for rule in old
            for name in rule.ours}
   named = {}
   for rule in new:
     dtype = dtypes.get(first.get(rule.ours[0]), np.dtype(np.float32))
     layers = ours[rule.ours[0]].shape[0] if rule.layered else 1
-    named |= {name.format(layer=i): dtype for name in rule.theirs
+    named |= {of_layer(name, i): dtype for name in rule.theirs
               for i in range(layers)}
   return named
 
@@ -369,7 +374,7 @@ def report(rules, tensors, target):
   rows = []
   for name, (rule, _) in _places(rules).items():
     if name in target:
-      found = {str(tensors[theirs.format(layer=0)].dtype)
+      found = {str(tensors[of_layer(theirs, 0)].dtype)
                for theirs in rule.theirs}
       rows.append((name, rule.theirs, target[name].shape,
                    ', '.join(sorted(found))))

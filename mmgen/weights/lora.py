@@ -37,7 +37,7 @@ _OURS = {theirs: ours for ours, theirs in _MODULES.items()}
 # PEFT puts 'base_model.model.' before names, and the name of a set of adapters
 # into those of a model in memory.
 _BEFORE = 'base_model.model.'
-_NAME = re.compile(r'(?P<before>(?:.*\.)?layers\.)\d+\.(?P<module>'
+_NAME = re.compile(r'(?P<before>(?:[\w.]*\.)?layers\.)\d+\.(?P<module>'
                    + '|'.join(map(re.escape, _OURS))
                    + r')\.lora_[AB](?P<infix>\.\w+)?\.weight')
 # Names of decoders, by the layout of the model that is adapted; None: it was

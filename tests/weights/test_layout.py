@@ -57,6 +57,10 @@ def test_expected_names_and_shapes():
   assert layout.expected(RULES, ABSTRACT) == THEIRS
 
 
+def test_a_name_is_no_template():
+  assert layout.of_layer('{0}{.{layer:>9}.{layer}', 3) == '{0}{.{layer:>9}.3'
+
+
 def test_rules_do_the_arithmetic_of_their_modules():
   rng = np.random.default_rng(0)
   arrays = random_arrays()

@@ -160,6 +160,19 @@ def test_all_that_is_wrong_with_a_file_is_one_error(tmp_path):
   assert str(caught.value).count(';') == 8
 
 
+@pytest.mark.parametrize('before', [
+    '{0}.', '{layer.__class__}.', '{layer:>9999999999}.', '}.', '{layer}.',
+    'a b.'])
+def test_names_are_no_templates(before, tmp_path):
+  files.write(tmp_path / 'adapter_model.safetensors', {
+      f'{before}layers.{i}.self_attn.q_proj.lora_{side}.weight': np.zeros(
+          (2, 4) if side == 'A' else (4, 2), np.float32)
+      for i in range(2) for side in 'AB'})
+  shutil.copy(FOLDER / 'peft_heads' / lora.CONFIG, tmp_path)
+  with pytest.raises(errors.UserError, match='is of no layout known here'):
+    weights.load(tmp_path)
+
+
 @pytest.mark.parametrize('fields, message', [
     (dict(use_dora=True), 'asks for use_dora=True, which is not supported'),
     (dict(use_rslora=True, bias='all'), "bias='all', use_rslora=True, which"),
