@@ -146,6 +146,10 @@ def from_run(folder):
               if config.model.name == 'clip' else
               params['decoder']['embedding'])
   notes = checkpoint.load_extras(folder).get('weights', {})
+  odd = sorted(notes.get('beside', {}).keys() - set(weights.BESIDE))
+  if odd:  # paths, perhaps
+    raise errors.UserError(f'{folder} has notes of {odd} beside its weights; '
+                           f'allowed: {", ".join(weights.BESIDE)}.')
   return weights.Loaded(
       model=config_lib.build_model(config, vocab), params=params, image={},
       tokenizer_file=None, layout=notes.get('layout'), dtypes={

@@ -131,6 +131,22 @@ def test_a_run_trained_here_is_exported(tmp_path):
   assert back.model.config.vision == vision
 
 
+@pytest.mark.parametrize('name', ['../escaped.txt', '/tmp/escaped.txt',
+                                  'model.safetensors'])
+def test_a_run_folder_writes_nothing_else(name, tmp_path):
+  run(f'--from={GOLDEN / "hf_siglip"}', f'--to={tmp_path / "run"}')
+  changed = 0
+  for path in tmp_path.rglob('*'):
+    if path.is_file() and b'"beside"' in (content := path.read_bytes()):
+      path.write_bytes(content.replace(b'"config.json"', f'"{name}"'.encode()))
+      changed += 1
+  assert changed == 1
+  before = set(tmp_path.rglob('*'))
+  with pytest.raises(errors.UserError, match=f"notes of .'{name}'. beside"):
+    run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "in" / "out"}')
+  assert set(tmp_path.rglob('*')) == before
+
+
 def test_eva_clip_to_a_run_folder_and_back(tmp_path):
   source = GOLDEN / 'eva_wrapped.pt'
   said = ['text.heads=2', 'text.mlp=gelu', 'vision.placement=pre']

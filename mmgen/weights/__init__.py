@@ -28,8 +28,8 @@ attach, merge, dtypes_in = assembly.attach, assembly.merge, assembly.dtypes_in
 # The one leaf that belongs to a grid of patches.
 POSITIONS = 'vision/position_embedding'
 
-_BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json',
-           lora.CONFIG)
+BESIDE = ('config.json', 'open_clip_config.json', 'preprocessor_config.json',
+          lora.CONFIG)
 # In this order they are looked for beside weights.
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'spiece.model')
 
@@ -224,7 +224,7 @@ def _folder(path):
 def _beside(path):
   """{name: content} of the JSON files that lie beside weights."""
   found = {}
-  for name in _BESIDE:
+  for name in BESIDE:
     file = _folder(path) / name
     if file.exists():
       try:
