@@ -55,7 +55,8 @@ class CausalFormerConfig:
   hidden: int = 3072
   buckets: int = 32
   max_distance: int = 128
-  norm_eps: float = 1e-6
+  norm_eps: float = dataclasses.field(
+      default=1e-6, metadata=dict(above=0, below=1))
   border: bool = False
   remat: bool = False
   unroll: bool = False

@@ -32,14 +32,17 @@ class DecoderConfig:
   kv_heads: int | None = None
   head_dim: int | None = None
   norm: str = 'rms'
-  norm_eps: float = 1e-5
+  norm_eps: float = dataclasses.field(
+      default=1e-5, metadata=dict(above=0, below=1))
   mlp: str = 'swiglu'
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
   query_key_norm: bool = False
-  rope_theta: float = 1e4
-  rope_share: float = 1.0
+  rope_theta: float = dataclasses.field(
+      default=1e4, metadata=dict(above=1, most=1e12))
+  rope_share: float = dataclasses.field(
+      default=1.0, metadata=dict(above=0, most=1))
   modality_weights: tuple[str, ...] = ()
   remat: bool = False
   unroll: bool = False

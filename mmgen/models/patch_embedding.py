@@ -41,7 +41,7 @@ class LinearPatchesConfig:
     dtype: compute dtype.
   """
   width: int
-  patch: int = 30
+  patch: int = dataclasses.field(default=30, metadata=dict(least=1, most=256))
   newline: str = 'token'
   bos: str = 'first'
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -101,8 +101,8 @@ class EveConfig:
   """
   width: int = 1024
   heads: int = 8
-  patch: int = 14
-  pool: int = 2
+  patch: int = dataclasses.field(default=14, metadata=dict(least=1, most=256))
+  pool: int = dataclasses.field(default=2, metadata=dict(least=1, most=64))
   local_attention: bool = True
   global_attention: bool = True
   norm_eps: float = 1e-5
@@ -201,8 +201,8 @@ class ConvPatchesConfig:
   """
   width: int
   hidden: int = 1024
-  patch: int = 16
-  pool: int = 2
+  patch: int = dataclasses.field(default=16, metadata=dict(least=1, most=256))
+  pool: int = dataclasses.field(default=2, metadata=dict(least=1, most=64))
   mean: tuple[float, float, float] = vision_encoder.CLIP_MEAN
   std: tuple[float, float, float] = vision_encoder.CLIP_STD
   dtype: str = 'float32'

@@ -36,7 +36,8 @@ class TextEncoderConfig:
   heads: int
   hidden: int
   mlp: str = 'quick_gelu'
-  norm_eps: float = 1e-5
+  norm_eps: float = dataclasses.field(
+      default=1e-5, metadata=dict(above=0, below=1))
   causal: bool = True
   pooling: str = 'eot'
   remat: bool = False

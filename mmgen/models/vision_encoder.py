@@ -64,15 +64,17 @@ class VisionEncoderConfig:
     mean, std: of the pixels in 0..1, by channel.
     remat, unroll, backend, dtype: as in `transformer.StackConfig`.
   """
-  image_size: tuple[int, int]
-  patch: int
+  image_size: tuple[int, int] = dataclasses.field(
+      metadata=dict(least=1, most=4096))
+  patch: int = dataclasses.field(metadata=dict(least=1, most=256))
   layers: int
   width: int
   heads: int
   hidden: int
   mlp: str = 'quick_gelu'
   norm: str = 'layer'
-  norm_eps: float = 1e-5
+  norm_eps: float = dataclasses.field(
+      default=1e-5, metadata=dict(above=0, below=1))
   placement: str = 'pre'
   qkv_bias: bool | str = True
   inner_attention_norm: bool = False
@@ -89,7 +91,7 @@ class VisionEncoderConfig:
   tap: int | None = -2
   final_norm: bool = True
   class_entry: bool = False
-  pool: int = 1
+  pool: int = dataclasses.field(default=1, metadata=dict(least=1, most=64))
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
   remat: bool = False

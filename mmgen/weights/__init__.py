@@ -5,6 +5,7 @@
       {'params': loaded.params}, images_BYXC, method='encode_image')
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -126,7 +127,7 @@ def load(path, *, place=None, dtype='float32', said=None):
   folder = _folder(path)
   return Loaded(
       model=model, params=flax.traverse_util.unflatten_dict(params, sep='/'),
-      image=layout.image(config, beside),
+      image=_image(path, name, config, beside),
       tokenizer_file=next((folder / file for file in TOKENIZERS
                            if (folder / file).exists()), None),
       layout=name, dtypes={name: t.dtype for name, t in tensors.items()},
@@ -188,20 +189,38 @@ def export(layout, config, params, dtypes):
 
 def _recognise(path, tensors, beside, said):
   for name, layout in FAMILIES.items():
-    try:
+    with _reading(path, name, beside):
       config = layout.recognise(tensors, beside, said)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-      if not beside:
-        raise
-      raise errors.UserError(
-          f'{" or ".join(beside)} beside {path} is not as {name} has it: '
-          f'{error!r}.') from error
     if config is not None:
       return name, config
   some = ', '.join(sorted(tensors)[:4])
   raise errors.UserError(
       f'{path} is of no layout known here ({", ".join(FAMILIES)}): it has '
       f'{some} and {len(tensors)} tensors in all.')
+
+
+def _image(path, name, config, beside):
+  """How a picture becomes pixels, as the JSON files say it."""
+  with _reading(path, name, beside):
+    image = FAMILIES[name].image(config, beside)
+    if not all(type(pixels) is int and 0 < pixels < 2**14
+               for pixels in image.get('size', ())):
+      raise ValueError(f'pictures of {image["size"]} pixels')
+    return image
+
+
+@contextlib.contextmanager
+def _reading(path, name, beside):
+  """Turns what JSON files of another kind cause into a UserError."""
+  try:
+    yield
+  except (ArithmeticError, LookupError, TypeError, ValueError,
+          AttributeError) as error:
+    if not beside:
+      raise
+    raise errors.UserError(
+        f'{" or ".join(beside)} beside {path} is not as {name} has it: '
+        f'{error!r}.') from error
 
 
 def _resized(config, said):

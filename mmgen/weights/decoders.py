@@ -17,6 +17,7 @@ import flax.traverse_util
 import jax
 
 from mmgen import errors
+from mmgen import fields as fields_lib
 from mmgen.models import decoder
 from mmgen.models import multimodal
 from mmgen.weights import answers
@@ -112,7 +113,19 @@ def sizes(tensors, names, own):
       mlp_bias=any_of(tensors, f'{block}mlp.gate_proj.bias'),
       queries=shape(tensors, f'{block}self_attn.q_proj.weight')[0],
       keys=shape(tensors, f'{block}self_attn.k_proj.weight')[0])
-  return found | {ours: own[theirs] for theirs, ours in SIZES.items()
+  return stated(found, own, SIZES)
+
+
+def stated(found, own, names):
+  """Sizes by shapes and, before them, by a config; UserError if they differ.
+
+  Args:
+    found: {our field: size}.
+    own: {their field: size}.
+    names: {their field: our field}.
+  """
+  layout.agree({theirs: found[ours] for theirs, ours in names.items()}, own)
+  return found | {ours: own[theirs] for theirs, ours in names.items()
                   if theirs in own}
 
 
@@ -265,7 +278,11 @@ def within(known, part):
 def make(kind, fields):
   """An instance of a class of configs, which checks what it is given."""
   try:
-    return kind(**fields)
+    if not dataclasses.is_dataclass(kind):
+      return kind(**fields)
+    made = fields_lib.read(kind, kind.__name__, fields, ValueError)
+    _ = getattr(made, 'stack', None)  # which checks what a stack is made of
+    return made
   except (TypeError, ValueError) as error:
     raise errors.UserError(f'no such model exists: {error}') from error
 

@@ -92,8 +92,9 @@ def _recognise(tensors, beside, said, names):
   inputs = decoders.shape(tensors, f'{names.patches}.weight')[1]
   return decoders.make(multimodal.MultimodalConfig, dict(
       decoder=text, connector=connector.ConnectorConfig('identity', text.width),
-      vision=patch_embedding.LinearPatchesConfig(
-          text.width, max(math.isqrt(inputs // 3), 1), bos='after_image')))
+      vision=decoders.make(patch_embedding.LinearPatchesConfig, dict(
+          width=text.width, patch=max(math.isqrt(inputs // 3), 1),
+          bos='after_image'))))
 
 
 def _sizes(tensors, names, own):
@@ -105,11 +106,9 @@ def _sizes(tensors, names, own):
       vocab=shape(f'{names.model}embed_tokens.weight')[0],
       layers=decoders.layers(tensors, block), width=fused[1],
       hidden=shape(f'{block}mlp.dense_h_to_4h.weight')[0],
-      heads=max(fused[0] // (3 * H), 1)) | {
-          ours: own[theirs] for theirs, ours in (
-              decoders.SIZES | {'num_attention_heads': 'heads'}).items()
-          if theirs in own}
-  return sizes | _PERSIMMON
+      heads=max(fused[0] // (3 * H), 1))
+  return _PERSIMMON | decoders.stated(
+      sizes, own, decoders.SIZES | {'num_attention_heads': 'heads'})
 
 
 def _known(sizes, own):

@@ -162,6 +162,8 @@ def modules(pairs, ours, theirs, bias=True):
 
 
 _MOST_KINDS = 4
+# Names that are missing or extra of which the nearest is told.
+_COMPARED = 50
 
 
 def of_layer(name, layer):
@@ -180,6 +182,25 @@ def expected(rules, ours):
     for name, array in zip(rule.theirs, arrays):
       shapes |= {of_layer(name, i): array.shape for i in layers}
   return shapes
+
+
+def agree(found, said):
+  """Compares sizes before anything is made of them.
+
+  Args:
+    found: {name: size} by shapes; 1 where there is no tensor, which `check`
+      says later.
+    said: likewise, by a config; more may be said.
+
+  Raises:
+    UserError: they differ.
+  """
+  differ = [name for name in found if name in said and said[name] != found[name]
+            and (found[name] > 1 or name.endswith('layers'))]
+  if differ:
+    raise errors.UserError('the config beside the tensors says ' + ', '.join(
+        f'{name} {said[name]!r} (they have {found[name]})' for name in differ)
+                           + '.')
 
 
 def check(rules, tensors, ours, ignored=(), what='the file'):
@@ -207,10 +228,10 @@ def check(rules, tensors, ours, ignored=(), what='the file'):
   others = sorted(tensors.keys() - wanted.keys())
   extra = [name for name in others
            if not any(re.fullmatch(p, name) for p in ignored)]
-  lines = [f'{name} is missing{_nearest(name, extra or tensors, "there")}'
-           for name in missing]
-  lines += [f'{name} is extra{_nearest(name, missing or wanted, "expected")}'
-            for name in extra]
+  lines = [f'{name} is missing{_nearest(i, name, extra or tensors, "there")}'
+           for i, name in enumerate(missing)]
+  lines += [f'{name} is extra{_nearest(i, name, missing or wanted, "expected")}'
+            for i, name in enumerate(extra)]
   for name in sorted(wanted.keys() & tensors.keys()):
     shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
     if shape != wanted[name]:
@@ -240,8 +261,9 @@ def shown(names, patterns):
   return ', '.join(said)
 
 
-def _nearest(name, names, where):
-  close = difflib.get_close_matches(name, names, 1)
+def _nearest(i, name, names, where):
+  """The nearest of names, for as many as one looks at: it takes its time."""
+  close = difflib.get_close_matches(name, names, 1) if i < _COMPARED else []
   return f' (nearest {where}: {close[0]})' if close else ''
 
 

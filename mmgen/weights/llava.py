@@ -140,9 +140,8 @@ def _tower_sizes(tensors, prefix, own):
   cells = shape(f'{prefix}embeddings.position_embedding.weight')[0] - 1
   side = max(math.isqrt(cells), 1) * sizes['patch']
   vision = own.get('vision_config') or {}
-  return sizes | dict(image_size=(side, side)) | {
-      ours: vision[theirs] for theirs, ours in (
-          decoders.SIZES | {'patch_size': 'patch'}).items() if theirs in vision}
+  return decoders.stated(sizes, vision, decoders.SIZES | {
+      'patch_size': 'patch'}) | dict(image_size=(side, side))
 
 
 def _known_tower(shapes, own):

@@ -17,11 +17,16 @@ import flax.traverse_util
 import jax
 
 from mmgen import errors
+from mmgen import fields as fields_lib
 from mmgen.models import clip
 from mmgen.models import text_encoder
 from mmgen.models import vision_encoder
 from mmgen.weights import answers
+from mmgen.weights import layout
 
+# Sizes that have one reading of the shapes.
+_TOLD_BY_SHAPES = ('.layers', '.width', '.hidden', '.patch', '.vocab',
+                   '.length')
 TOWERS = {'vision': vision_encoder.SIZES, 'text': text_encoder.SIZES}
 
 # What a user may be asked.
@@ -75,7 +80,10 @@ def recognise(tensors, beside, said, *, rules, base, stated,
                  if ours.startswith(part)) for part in parts):
     return None
   known = _sizes(found, base, towers)
-  facts = told(known) | stated(tensors, beside, base)
+  said_beside = stated(tensors, beside, base)
+  layout.agree({field: known[field] for field in known
+                if field.endswith(_TOLD_BY_SHAPES)}, said_beside)
+  facts = told(known) | said_beside
   known |= facts
   said = dict(said)
   if asks_to_resize(known, facts, said.get('vision.image_size')):
@@ -103,8 +111,11 @@ def _replace(base, known):
     part, _, field = name.rpartition('.')
     fields[part][field] = value
   try:
-    towers = {tower: dataclasses.replace(getattr(base, tower), **fields[tower])
-              for tower in _towers(base)}
+    towers = {}
+    for tower in _towers(base):
+      config = getattr(base, tower)
+      towers[tower] = fields_lib.read(
+          type(config), tower, vars(config) | fields[tower], ValueError)
     for tower in towers.values():
       _ = tower.stack  # which checks what a stack is made of
     return dataclasses.replace(base, **towers, **fields[''])

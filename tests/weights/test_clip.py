@@ -320,7 +320,7 @@ def test_all_that_is_wrong_is_one_error(tmp_path, with_config, monkeypatch):
   if not with_config:
     said = dict(CASES['hf_clip_square'][2], mlp='gelu', **HEADS)
     monkeypatch.setitem(CASES, 'hf_clip_square', (None, None, said))
-    monkeypatch.setattr(weights, '_BESIDE', ())
+    monkeypatch.setattr(weights, 'BESIDE', ())
   said = damaged('hf_clip_square', tmp_path, {
       'visual_projection.weight': None,
       'vision_model.pre_layrnorm.bias': 'vision_model.pre_layernorm.bias',
@@ -340,6 +340,27 @@ def test_all_that_is_wrong_is_one_error(tmp_path, with_config, monkeypatch):
       'fc2.weight is [9, 29], not [18, 29]', 'logit_scale is missing'):
     assert part in said
   assert said.count(';') == 7
+
+
+@pytest.mark.parametrize('tower, field, values', [
+    ('vision', 'num_hidden_layers', (0, 4000, 'a')),
+    ('vision', 'num_attention_heads', (0, -1, 5, None, 'a', True)),
+    ('vision', 'patch_size', (0, 10**9, None)),
+    ('vision', 'image_size', (0, 10**9, [15], 'a')),
+    ('vision', 'layer_norm_eps', (0, -1, float('nan'), 'a')),
+    ('text', 'max_position_embeddings', (0, 10**9, 'a')),
+    ('text', 'vocab_size', (-1, 10**9, [1]))])
+def test_a_wrong_config_is_one_error(tower, field, values, tmp_path):
+  source = GOLDEN / 'hf_clip_square'
+  shutil.copytree(source, tmp_path / 'in')
+  own = json.loads((source / 'config.json').read_text())
+  for value in values:
+    fields = own[f'{tower}_config'] | {field: value}
+    (tmp_path / 'in' / 'config.json').write_text(json.dumps(
+        own | {f'{tower}_config': fields, f'{tower}_config_dict': None}))
+    with pytest.raises(errors.UserError) as caught:
+      weights.load(tmp_path / 'in')
+    assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_a_missing_size_is_one_error_too(tmp_path):

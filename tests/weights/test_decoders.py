@@ -4,6 +4,8 @@ The files are made here of the arrays in `golden/`, which hold weights under
 transformers' own names, and what its models gave with them.
 """
 
+import json
+
 import jax
 import numpy as np
 import published_files
@@ -95,7 +97,6 @@ def test_a_config_decides_what_shapes_do_not(tmp_path):
   expected = decoder.DecoderConfig(vocab=64, layers=3, width=36, heads=9,
                                    kv_heads=3, hidden=52)
   assert find() == expected
-  assert find(num_hidden_layers=4).layers == 4  # so that one will be missing
   new = dict(rope_type='default', rope_theta=7.0)
   assert find(rope_parameters=new, rope_theta=None).rope_theta == 7
   heads = find(num_attention_heads=6)
@@ -109,11 +110,35 @@ def test_a_config_decides_what_shapes_do_not(tmp_path):
       (dict(hidden_act='gelu'), "hidden_act='gelu', which is not supported"),
       (dict(use_sliding_window=True), 'use_sliding_window=True, which'),
       (dict(rope_scaling=dict(type='linear', factor=2)), "the type 'linear'"),
-      (dict(num_attention_heads=7), 'no such model exists: model.decoder.kv_')):
+      (dict(num_attention_heads=7), 'no such model exists: model.decoder.kv_'),
+      (dict(num_hidden_layers=4, hidden_size=36, intermediate_size=53),
+       r'says num_hidden_layers 4 \(they have 3\), intermediate_size 53 \(they '
+       r'have 52\)\.')):
     with pytest.raises(errors.UserError, match=message):
       find(**more)
   with pytest.raises(errors.UserError, match='decoder.width cannot be said of'):
     published_files.recognised(tensors, said={'decoder.width': 3})
+
+
+@pytest.mark.parametrize('field, values', [
+    ('num_hidden_layers', (0, -1, 4000, 10**9, None, 'a', [3], True, 3.5)),
+    ('hidden_size', (0, -1, 10**30, None, 'a', {}, float('nan'))),
+    ('num_attention_heads', (0, -1, 10**9, None, 'a', [9], 9.5)),
+    ('intermediate_size', (0, None, 'a', float('inf'))),
+    ('rms_norm_eps', (0, -1, 1e9, 10**400, None, 'a', True, float('nan'))),
+    ('rope_theta', (0, -1, 1, 10**30, None, 'a', float('nan')))])
+def test_a_wrong_config_is_one_error(field, values, tmp_path):
+  path = published_files.save(
+      tmp_path / 'in', reference.load('llama_tiny')[1], {})
+  for value in values:
+    (path / 'config.json').write_text(json.dumps(
+        CONFIGS['llama_tiny'] | {field: value}))
+    with pytest.raises(errors.UserError) as caught:
+      weights.load(path)
+    said = str(caught.value)
+    assert '\n' not in said and len(said) < 600, said
+    assert any(word in said for word in (
+        field, 'config.json', 'heads', 'norm_eps', 'rope_theta')), said
 
 
 def test_all_that_is_wrong_is_one_error(tmp_path):

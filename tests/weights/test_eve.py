@@ -6,6 +6,7 @@ model gave with them.
 """
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -136,6 +137,20 @@ def test_pictures_are_as_the_files_beside_say():
           conv_stride=3, image_mean=[0.1, 0.2, 0.3])})
   assert found.vision == dataclasses.replace(
       multimodal.SIZES['eve-7b'].vision, pool=3, mean=(0.1, 0.2, 0.3))
+
+
+@pytest.mark.parametrize('name, fields', [
+    ('eve_v2', dict(max_size='a')), ('eve_v2', dict(max_size=-6)),
+    ('eve_v2', dict(max_size=6 * 10**8)),
+    ('eve_7b', dict(patch_stride_clip=0)), ('eve_7b', dict(conv_stride=10**9)),
+    ('eve_7b', dict(image_mean=[1, 'a', 3]))])
+def test_pictures_that_cannot_be_are_one_error(name, fields, tmp_path):
+  path = published_files.save(
+      tmp_path / 'in', tensors_of(name, 'eve'), (V2 | CONFIGS)[name])
+  (path / 'preprocessor_config.json').write_text(json.dumps(fields))
+  with pytest.raises(errors.UserError) as caught:
+    weights.load(path)
+  assert '\n' not in str(caught.value)
 
 
 def test_what_is_wrong_is_said(tmp_path):

@@ -119,15 +119,17 @@ def test_a_config_decides_what_shapes_do_not():
   _, tensors = reference.load('fuyu_wide')
   find = lambda **more: published_files.recognised(tensors, {
       'config.json': CONFIGS['fuyu_wide'] | more})[1].decoder
-  found = find(text_config=None, num_hidden_layers=3, rope_parameters=dict(
+  found = find(text_config=None, num_hidden_layers=2, rope_parameters=dict(
       rope_type='default', rope_theta=9.0, partial_rotary_factor=1.0))
   assert found == dataclasses.replace(
-      find(), layers=3, rope_theta=9.0, rope_share=1.0)
+      find(), rope_theta=9.0, rope_share=1.0)
   for more, message in (
       (dict(model_type='eve'), "has model_type 'eve', and the tensors have"),
       (dict(text_config=dict(hidden_act='gelu')), "hidden_act='gelu', which"),
       (dict(text_config=dict(qk_layernorm=False)), 'qk_layernorm=False, which'),
-      (dict(text_config=None, rope_scaling=dict(type='linear')), "'linear'")):
+      (dict(text_config=None, rope_scaling=dict(type='linear')), "'linear'"),
+      (dict(text_config=None, num_hidden_layers=3), r'layers 3 \(they have 2'),
+      (dict(text_config=None, num_attention_heads=2), r'2 \(they have 3\)')):
     with pytest.raises(errors.UserError, match=message):
       find(**more)
   with pytest.raises(errors.UserError, match='tell decoder.norm_eps .* and '

@@ -132,6 +132,16 @@ def test_check_lists_everything_at_once():
   assert 'rope' in complaint(arrays, ignored=(r'rope',))  # whole names only
 
 
+def test_the_nearest_name_is_told_of_as_many_as_one_reads():
+  """Each takes a comparison with all the others."""
+  arrays = random_arrays() | {f'h.0.lm.{i:02}': np.zeros(3) for i in range(60)}
+  del arrays['h.0.ln.bias'], arrays['wte']
+  said = complaint(arrays)
+  assert said.count(' is extra') == 60
+  assert 'h.0.ln.bias is missing (nearest there: h.0.lm.' in said
+  assert said.count(' is extra (nearest expected: h.0.ln.bias)') == 50
+
+
 def test_check_refuses_rules_with_holes():
   ours = ABSTRACT | {'forgotten': jax.ShapeDtypeStruct((1,), 'float32')}
   with pytest.raises(ValueError, match='forgotten'):

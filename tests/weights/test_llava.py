@@ -282,6 +282,19 @@ def test_a_config_decides_what_shapes_do_not():
       find(**more)
 
 
+@pytest.mark.parametrize('fields', [
+    dict(num_attention_heads=4), dict(num_attention_heads='a'),
+    dict(image_size=10**9), dict(patch_size=0), dict(num_hidden_layers=4000),
+    dict(layer_norm_eps=-1)])
+def test_a_wrong_config_of_the_tower_is_one_error(fields, tmp_path):
+  own, _ = config('llava_square', 'hf_llava')
+  with pytest.raises(errors.UserError) as caught:
+    weights.load(published_files.save(
+        tmp_path / 'in', reference.load('llava_square')[1],
+        own | dict(vision_config=VISION['llava_square'] | fields)))
+  assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize('layout', ['hf_llava', 'llava_tower'])
 def test_the_tower_can_be_resized(layout, tmp_path):
   _, tensors = reference.load('llava_square')
