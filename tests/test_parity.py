@@ -66,6 +66,29 @@ def test_what_cannot_be_compared(tmp_path, capsys):
     parity.report('', {'a': two}, {'b': two}, 9, console)
 
 
+def test_what_the_model_returns_must_be_compared(capsys):
+  console, two = rich_console.Console(), np.ones((2, 3))
+  ours = {'vision/pixels': two, 'vision/1': two, 'logits': two, 'other': two}
+  for theirs, code in ((['vision/pixels'], 1), (['vision/pixels', 'other'], 1),
+                       (['logits'], 0)):
+    assert parity.report('', ours, dict.fromkeys(theirs, two), 9,
+                         console) == code
+    said = capsys.readouterr().out
+    assert ('logits is not among them' in said) == bool(code)
+  assert parity.report('', ours, {'vision/1': two}, 9, console,
+                       last='vision/1') == 0
+  tower = {'vision/1': two, 'vision/embedding': two, 'predicted': two}
+  assert parity.report('', tower, {'vision/1': two}, 9, console) == 1
+  assert parity.report('', tower, {'vision/embedding': two}, 9, console) == 0
+
+
+def test_stages_of_nothing_are_equal():
+  console, none = rich_console.Console(), np.ones((0, 3))
+  assert parity.relative_error(none, none) == 0
+  assert parity.report('', {'a': none}, {'a': none}, 9, console) == 0
+  assert parity.report('', {'a': none}, {'a': none[:, 1:]}, 9, console) == 1
+
+
 def test_a_file_that_cannot_be_read(tmp_path):
   for content in (b'junk', b'PK\x03\x04junk', b'\x93NUMPY'):
     (tmp_path / 'a.npz').write_bytes(content)
