@@ -10,8 +10,9 @@
 Published weights become the checkpoint and the config of a run folder, in
 float32, with the tokenizer that lies beside them. A run folder, a --to that
 ends in .safetensors, and whatever is given a --layout become safetensors in a
-published layout, each tensor in the dtype that it came in. --check compares
-with the library that the weights are of, see mmgen/parity.py.
+published layout, each tensor in the dtype that it came in, but for float64:
+that is rounded to float32, and said so. --check compares with the library that
+the weights are of, see mmgen/parity.py.
 
 Low-rank adapters are kept beside the weights unless --merge folds them in:
 
@@ -298,6 +299,10 @@ def main(argv=None):
     left = export(loaded, args.to, args.layout, args.dtype)
   else:
     to_run(loaded, args.to, args.source, args.tokenizer)
+  wide = sum('float64' in dtypes for *_, dtypes in loaded.report)
+  if wide:
+    print(f'{args.source}: {wide} of {len(loaded.report)} arrays were of '
+          f'float64 and are rounded to {args.dtype or "float32"}')
   kind = loaded.layout or 'trained here'
   size = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
   print(f'{args.source}: {kind}, {size:,} parameters')

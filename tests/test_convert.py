@@ -147,6 +147,29 @@ def test_a_run_folder_writes_nothing_else(name, tmp_path):
   assert set(tmp_path.rglob('*')) == before
 
 
+def test_float64_is_rounded_and_said_to_be(tmp_path, capsys):
+  tensors = {name: tensor.array().astype(np.float64) + 1e-12
+             for name, tensor in files.open(GOLDEN / 'hf_siglip').items()}
+  tensors['logit_bias'] = tensors['logit_bias'].astype(np.float32)
+  files.write(tmp_path / 'in', tensors)
+  shutil.copy(GOLDEN / 'hf_siglip' / 'config.json', tmp_path / 'in')
+  run(f'--from={tmp_path / "in"}', f'--to={tmp_path / "a.safetensors"}')
+  count = len(weights.load(tmp_path / 'in').report)
+  assert (f'in: {count - 1} of {count} arrays were of float64 and are rounded '
+          'to float32') in capsys.readouterr().out
+  run(f'--from={tmp_path / "in"}', f'--to={tmp_path / "run"}')
+  assert 'arrays were of float64' in capsys.readouterr().out
+  run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "b.safetensors"}')
+  for path in tmp_path / 'a.safetensors', tmp_path / 'b.safetensors':
+    found = files.open(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in found.items():
+      assert tensor.array().tobytes() == tensors[name].astype(
+          np.float32).tobytes()
+  run(f'--from={GOLDEN / "hf_siglip"}', f'--to={tmp_path / "c.safetensors"}')
+  assert 'arrays were of' not in capsys.readouterr().out
+
+
 def test_eva_clip_to_a_run_folder_and_back(tmp_path):
   source = GOLDEN / 'eva_wrapped.pt'
   said = ['text.heads=2', 'text.mlp=gelu', 'vision.placement=pre']

@@ -46,7 +46,8 @@ class Loaded:
       model itself applies mean and std.
     tokenizer_file: beside the weights, or None.
     layout: a name of `FAMILIES`.
-    dtypes: {their name: dtype} of the file.
+    dtypes: {their name: dtype} of the file, in which export writes; float32
+      for float64, which parameters are rounded from.
     beside: {name: content} of the JSON files that lay beside it.
     report: [(our name, their names, our shape, their dtypes)].
     left: names of tensors in the file that were not taken.
@@ -130,7 +131,8 @@ def load(path, *, place=None, dtype='float32', said=None):
       image=_image(path, name, config, beside),
       tokenizer_file=next((folder / file for file in TOKENIZERS
                            if (folder / file).exists()), None),
-      layout=name, dtypes={name: t.dtype for name, t in tensors.items()},
+      layout=name, dtypes={name: jax.dtypes.canonicalize_dtype(t.dtype)
+                           for name, t in tensors.items()},
       beside=beside, report=layout_lib.report(rules, tensors, ours), left=left)
 
 
