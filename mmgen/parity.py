@@ -108,8 +108,8 @@ def report(title, ours, theirs, tolerance, console, last=None):
       first, mark = name, 'first worse'
     if mine.shape != theirs[name].shape:
       mark = f'there {_sizes(theirs[name])}'
-    grid.add_row(name, _sizes(mine), f'{np.abs(theirs[name]).max(initial=0):.3g}',
-                 f'{error:.1e}', mark)
+    largest = np.abs(theirs[name]).max(initial=0)
+    grid.add_row(name, _sizes(mine), f'{largest:.3g}', f'{error:.1e}', mark)
   if not both:
     raise errors.UserError(
         f'there is no stage that both have; here: {", ".join(ours)}; there: '
