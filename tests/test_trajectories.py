@@ -19,7 +19,7 @@ step, and the final weights under our names.
                    DeepSpeed's fused LAMB (csrc/lamb/fused_lamb_cuda_kernel.cu),
                    one tensor at a time; both bounds of the trust ratio are met
 
-We compute in float32.
+Every trained tensor is compared but `ZERO_GRADIENT`. We compute in float32.
 """
 
 import ml_collections

@@ -23,7 +23,8 @@ LLaVA's gradients are clipped to 1, which is the trainer's default. EVE's are
 not: both authors train with DeepSpeed, whose settings beside their scripts name
 no bound, which then meant none. EVE's teacher sees the pixels of the model.
 
-We compute in float32.
+Every trained tensor is compared, where tests of EVE's and EVEv2's gradients
+take a sample. We compute in float32.
 """
 
 import ml_collections
