@@ -5,7 +5,10 @@ another image size: `image`, the normalised embeddings of `images`, in float64,
 and where a reference resizes when it loads, the `positions`. They are of
 transformers 4.56.2 (interpolate_pos_encoding), open_clip 3.3.0 and timm 1.0.31
 (their loaders) and EVA-CLIP's own loader; 'zoom' is scipy.ndimage.zoom of order
-1, by which big_vision resizes.
+1, by which big_vision resizes. timm's loader takes square grids alone, so that
+its towers are in a file of their own, timm_resized.npz: weights and config.json
+of tiny ones by timm 1.0.31, the `positions` after its loader has made a grid
+longer and narrower, and `features` of all tokens.
 """
 
 import json
@@ -80,6 +83,37 @@ def test_a_resized_tower_gives_the_references_outputs(name, tmp_path):
       {'params': params}, images, method='encode_image')[0])(loaded.params)
   assert error(found, arrays[f'{stem}/image']) < 1e-5
   assert loaded.image['size'] == images.shape[1:3]
+
+
+@pytest.mark.parametrize('layout, said', [
+    ('timm_eva', {'vision.placement': 'pre', 'vision.rope_grid': [16, 16]}),
+    ('timm_eva_avg', {'vision.placement': 'pre', 'vision.rope_grid': [16, 16]}),
+    ('timm_siglip', {})])
+def test_a_tower_of_timm_is_resized_as_its_loader_does(layout, said, tmp_path):
+  with np.load(GOLDEN / 'timm_resized.npz') as file:
+    arrays = {key.removeprefix(f'{layout}/'): x for key, x in file.items()
+              if key.startswith(f'{layout}/')}
+  files.write(tmp_path / 'in', {
+      key.removeprefix('weights/'): x for key, x in arrays.items()
+      if key.startswith('weights/')})
+  (tmp_path / 'in' / 'config.json').write_text(str(arrays['config']))
+  images = arrays['images']
+  loaded = weights.load(tmp_path / 'in', said=said | {
+      'vision.image_size': images.shape[1:3]})
+  vision = loaded.model.config.vision
+  assert loaded.layout == layout and vision.image_size == images.shape[1:3]
+  grid = weights.recognise(tmp_path / 'in', said)[1].vision.grid
+  assert sorted([vision.grid[0] > grid[0], vision.grid[1] > grid[1]]) == [
+      False, True] and grid[0] == grid[1]
+  assert error(loaded.params['vision']['position_embedding'],
+               arrays['positions']) < 2e-6
+  last = vision.layers
+  _, out = jax.jit(lambda params: loaded.model.apply(
+      {'params': params}, images, (last,), method='encode_image'))(
+          loaded.params)
+  # What averages has its norm after that.
+  found = out['taps'][last] if layout == 'timm_eva_avg' else out['hidden']
+  assert error(found, arrays['features']) < 1e-5
 
 
 def test_big_vision_is_zoomed(tmp_path):
