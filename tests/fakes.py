@@ -11,6 +11,7 @@ FIRST = len(text.RESERVED)
 class Letters:
   """One id a letter: 'abc' is 16 17 18."""
 
+  reserved = text.RESERVED
   vocab_size = FIRST + 128
 
   def id(self, name):

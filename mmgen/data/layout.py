@@ -430,9 +430,11 @@ def pair(
     image_size: As in `sequence`.
 
   Returns:
-    images uint8 [B, Y, X, 3]; tokens int32 [B, T], `<bos> caption <eos>`; valid
-    bool [B, T]; labels int64 [B], equal exactly for equal captions (a hash);
-    example_valid bool [B], False for bad records, whose rows are zero.
+    images uint8 [B, Y, X, 3]; tokens int32 [B, T], `<bos> caption <eos>` and
+    `<pad>` up to T, without <bos> if the tokenizer has none (SigLIP); valid
+    bool [B, T], False for padding; labels int64 [B], equal exactly for equal
+    captions (a hash); example_valid bool [B], False for bad records, whose rows
+    are padding and whose other arrays are zero.
   """
   found = [_picture_and_text(d) for d in documents]
   if image_size is None:
@@ -443,17 +445,18 @@ def pair(
   n = len(documents)
   out = dict(
       images=np.zeros((n, *image_size, 3), np.uint8),
-      tokens=np.zeros((n, length), np.int32),
+      tokens=np.full((n, length), tokenizer.id('<pad>'), np.int32),
       valid=np.zeros((n, length), bool),
       labels=np.zeros(n, np.int64),
       example_valid=np.zeros(n, bool),
   )
+  begin = _begin(tokenizer)
   for b, example in enumerate(found):
     if example is None:
       continue
     pixels, caption = example
-    ids = [tokenizer.id('<bos>'), *tokenizer.encode(caption)[:length - 2],
-           tokenizer.id('<eos>')]
+    room = length - len(begin) - 1
+    ids = [*begin, *tokenizer.encode(caption)[:room], tokenizer.id('<eos>')]
     out['images'][b] = pixels
     out['tokens'][b, :len(ids)] = ids
     out['valid'][b, :len(ids)] = True
@@ -462,6 +465,11 @@ def pair(
         signed=True)
     out['example_valid'][b] = True
   return out
+
+
+def _begin(tokenizer):
+  """The ids before a caption."""
+  return [tokenizer.id('<bos>')] if '<bos>' in tokenizer.reserved else []
 
 
 def _picture_and_text(document):
@@ -483,7 +491,8 @@ def pair_stats(
 ) -> dict[str, float]:
   """The stats of `sequence` for arrays of `pair`; dropped is what was cut."""
   texts = [_picture_and_text(d) for d in documents if d.spans]
-  wanted = [2 + len(tokenizer.encode(caption)) for _, caption in texts]
+  marks = len(_begin(tokenizer)) + 1
+  wanted = [marks + len(tokenizer.encode(caption)) for _, caption in texts]
   kept = arrays['valid'].sum(1)[arrays['example_valid']]
   return dict(
       fill=float(arrays['valid'].mean()),

@@ -65,6 +65,7 @@ class Tokenizer:
 
   Attributes:
     family: a name of `FAMILIES`.
+    reserved: the names that `id` takes.
     vocab_size: one more than the largest id; its model may have more rows.
     bytes: what `from_bytes` takes, to be stored with a model.
   """
@@ -94,6 +95,7 @@ class Tokenizer:
     self._ids = {piece: i for i, piece in enumerate(self._pieces)}
     self._reserved = {
         name: self._ids[piece] for name, piece in spec.reserved.items()}
+    self.reserved = tuple(self._reserved)
     # Padding may be a letter, and what is unknown is part of a text.
     self._special = self._file.control.union(
         i for name, i in self._reserved.items() if name not in _NOT_SPECIAL)

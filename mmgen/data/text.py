@@ -31,6 +31,8 @@ _SPACE = '\u2581'
 class Tokenizer:
   """Encodes text without ever yielding a reserved id; exact round trip."""
 
+  reserved = RESERVED  # what `id` takes; a published one has fewer
+
   def __init__(self, model):
     """Builds a tokenizer.
 

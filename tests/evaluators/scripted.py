@@ -16,6 +16,7 @@ STEP = 10  # grey level between the pictures of neighbouring scenes
 class Letters:
   """One id a character."""
 
+  reserved = text.RESERVED
   vocab_size = FIRST + 128
 
   def id(self, name):
