@@ -11,7 +11,8 @@ Published weights become the checkpoint and the config of a run folder, in
 float32, with the tokenizer that lies beside them. A run folder, a --to that
 ends in .safetensors, and whatever is given a --layout become safetensors in a
 published layout, each tensor in the dtype that it came in, but for float64:
-that is rounded to float32, and said so. --check compares with the library that
+that is rounded to float32, and said so; in a folder, beside its tokenizer and
+the JSON files by which others know it. --check compares with the library that
 the weights are of, see mmgen/parity.py.
 
 Low-rank adapters are kept beside the weights unless --merge folds them in:
@@ -38,9 +39,11 @@ from mmgen import errors
 from mmgen import parity
 from mmgen import run_folder
 from mmgen import weights
+from mmgen.data import text
 from mmgen.models import clip
 from mmgen.models import multimodal
 from mmgen.training import checkpoint
+from mmgen.weights import described
 from mmgen.weights import files
 from mmgen.weights import layout as layout_lib
 from mmgen.weights import lora
@@ -50,15 +53,13 @@ _DTYPES = ('float32', 'bfloat16', 'float16')
 _LENGTH = 4096
 
 
-def to_run(loaded, folder, source, tokenizer=None):
+def to_run(loaded, folder, source):
   """Writes a published model as a run folder with one checkpoint, step 0.
 
   Args:
     loaded: a `weights.Loaded`.
     folder: that does not exist yet.
     source: path of the weights, for the record.
-    tokenizer: path of its file, '' for none; by default that beside the
-      weights.
 
   Raises:
     UserError: the weights are not a whole model, or the tokenizer is none that
@@ -72,11 +73,7 @@ def to_run(loaded, folder, source, tokenizer=None):
     raise errors.UserError(
         f'{source} has the layout {loaded.layout}, which is not a whole model. '
         + _what_lacks(loaded, source))
-  if tokenizer is None:
-    found = loaded.tokenizer
-  else:
-    found = tokenizer and weights.open_tokenizer(tokenizer, loaded.layout,
-                                                 config)
+  tokenizer = loaded.tokenizer
   flat = config_lib.flatten(_run_config(loaded, kind))
   notes = dict(source=str(source), layout=loaded.layout, beside=loaded.beside,
                dtypes={name: dtype.name
@@ -84,7 +81,7 @@ def to_run(loaded, folder, source, tokenizer=None):
   checkpointer = checkpoint.Checkpointer(folder)
   checkpointer.save(0, {'params': loaded.params},
                     dict(config=flat, weights=notes),
-                    found.bytes if found else b'')
+                    tokenizer.bytes if tokenizer else b'')
   checkpointer.close()
   with errors.writing(folder):
     path = pathlib.Path(folder)
@@ -151,9 +148,16 @@ def from_run(folder):
   if odd:  # paths, perhaps
     raise errors.UserError(f'{folder} has notes of {odd} beside its weights; '
                            f'allowed: {", ".join(weights.BESIDE)}.')
+  stored = checkpoint.tokenizer_bytes(folder)
+  model = config_lib.build_model(config, vocab)
+  vision = model.config.vision
+  image = vision and config.get('image') and dict(
+      config.image.items(), mean=vision.mean, std=vision.std)
   return weights.Loaded(
-      model=config_lib.build_model(config, vocab), params=params, image={},
-      tokenizer_file=None, layout=notes.get('layout'), dtypes={
+      model=model, params=params, image=image or {},
+      read_tokenizer=lambda: (text.Tokenizer.from_bytes(stored) if stored
+                              else None),
+      layout=notes.get('layout'), dtypes={
           name: np.dtype(x) for name, x in notes.get('dtypes', {}).items()},
       beside=notes.get('beside', {}), report=[])
 
@@ -178,13 +182,46 @@ def export(loaded, to, layout=None, dtype=None):
                            f'{", ".join(weights.FAMILIES)}')
   if layout == 'peft':
     return _export_adapters(loaded, to, dtype)
+  beside = {} if to.suffix == '.safetensors' else _describe(loaded, layout)
   files.write(
       to, weights.export(layout, loaded.model.config, loaded.params,
                          dtype or weights.dtypes_in(loaded, layout)),
       metadata={'format': 'pt'})
-  if layout == loaded.layout and to.is_dir():
-    _write_beside(loaded, to)
+  if to.is_dir():
+    _write_beside(beside, to)
+    for name, content in (loaded.tokenizer.files if loaded.tokenizer else {}
+                          ).items():
+      (to / name).write_bytes(content)
   return []
+
+
+def _describe(loaded, layout):
+  """{name: content} of the JSON files to lay beside a model in a layout.
+
+  Those that it came with, else such that nothing has to be said of it again.
+
+  Raises:
+    UserError: the layout's files cannot say what this model is.
+  """
+  if layout == loaded.layout and loaded.beside:
+    return loaded.beside
+  config, family = loaded.model.config, weights.FAMILIES[layout]
+  made = described.files(layout, config, loaded.image, loaded.tokenizer)
+  if not made:
+    print(f'the layout {layout} has no JSON files here: what its tensors do '
+          'not tell must be said again')
+    return {}
+  wrong = described.differences(
+      config, weights.recognise_shapes(layout, config, loaded.params, made))
+  if wrong:
+    raise errors.UserError(f'the layout {layout} cannot say that '
+                           f'{"; ".join(wrong)}.')
+  read = family.image(config, made)
+  for field in ('fit', 'kernel'):
+    if loaded.image and read[field] != loaded.image[field]:
+      print(f'in the layout {layout} pictures have the {field} {read[field]!r}'
+            f', not {loaded.image[field]!r}')
+  return made
 
 
 def _export_adapters(loaded, to, dtype):
@@ -211,13 +248,13 @@ def _export_adapters(loaded, to, dtype):
         'llava_trainables', config, {'connector': params['connector']},
         dtype or dtypes))
     left.remove('connector')
-    _write_beside(loaded, to)
+    _write_beside(loaded.beside, to)
   return left
 
 
-def _write_beside(loaded, folder):
-  """The JSON files that lay beside weights; PEFT's is written with adapters."""
-  for name, content in loaded.beside.items():
+def _write_beside(beside, folder):
+  """The JSON files beside weights; PEFT's is written with adapters."""
+  for name, content in beside.items():
     if name != lora.CONFIG:
       (folder / name).write_text(json.dumps(content, indent=2) + '\n')
 
@@ -254,8 +291,8 @@ def _parser():
   add('--say', action='append', default=[], metavar='FIELD=VALUE',
       help='what the weights cannot tell; an error says what is needed')
   add('--tokenizer', metavar='PATH',
-      help='a tokenizer.json or tokenizer.model for the run folder (default: '
-      'that beside the weights)')
+      help='a tokenizer.json or tokenizer.model, or nothing (default: that '
+      'beside the weights, or of the run)')
   add('--layout', choices=weights.FAMILIES, metavar='LAYOUT',
       help='write weights in this layout, not a run folder (default: what the '
       'weights came in). peft: adapters alone; else one of '
@@ -298,7 +335,7 @@ def main(argv=None):
   if out:
     left = export(loaded, args.to, args.layout, args.dtype)
   else:
-    to_run(loaded, args.to, args.source, args.tokenizer)
+    to_run(loaded, args.to, args.source)
   wide = sum('float64' in dtypes for *_, dtypes in loaded.report)
   if wide:
     print(f'{args.source}: {wide} of {len(loaded.report)} arrays were of '
@@ -335,6 +372,11 @@ def _open(args, is_run, dtype):
   loaded = (from_run(args.source) if is_run else
             weights.load(args.source, said=said, dtype=dtype))
   loaded = weights.attach(loaded, *others) if others else loaded
+  if args.tokenizer is not None:
+    layout, config = loaded.layout, loaded.model.config
+    loaded = dataclasses.replace(
+        loaded, read_tokenizer=lambda: weights.open_tokenizer(
+            args.tokenizer, layout, config) if args.tokenizer else None)
   return weights.merge(loaded) if args.merge else loaded
 
 

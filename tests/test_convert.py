@@ -6,7 +6,6 @@ import pathlib
 import shutil
 
 import jax
-import ml_collections
 import numpy as np
 from PIL import Image
 import published_files
@@ -18,6 +17,7 @@ from mmgen import errors
 from mmgen import generate
 from mmgen import run_folder
 from mmgen import weights
+from mmgen.data import text
 from mmgen.models import clip
 from mmgen.training import checkpoint
 from mmgen.weights import files
@@ -102,33 +102,55 @@ def test_to_another_layout(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
 
 
-def trained(folder):
-  """A run folder as training leaves it, of a tiny CLIP."""
-  tower = dict(layers=1, width=64, heads=1, hidden=32)
-  config = ml_collections.ConfigDict(dict(
-      name='a:b', dtype='float32', model=dict(
-          name='clip', size='mini', embed=24, vision=tower, text=tower)))
-  module = clip.build(config, vocab=50)
-  params = jax.jit(module.init)(jax.random.key(0), clip.example_batch(
-      module.config, module.config.vision.image_size))['params']
-  checkpointer = checkpoint.Checkpointer(folder)
-  checkpointer.save(3, {'params': params}, {}, b'')
+CLIPS = {'hf_clip': 'clip', 'openai_clip': 'open_clip', 'open_clip':
+         'open_clip', 'hf_siglip': 'square'}
+
+
+@pytest.mark.parametrize('layout', CLIPS)
+def test_a_clip_trained_here_comes_back_unasked(layout, tmp_path):
+  """Heads, activations, pictures and our own tokenizer."""
+  base = clip.SIZES['siglip-b16' if layout == 'hf_siglip' else 'clip-b32']
+  words = text.train(['a red fox sees a dog'] * 20, 290)
+  fields = dict(layers=2, heads=8, width=128, hidden=150)
+  mlp = {} if layout == 'hf_siglip' else dict(mlp='gelu')
+  config = dataclasses.replace(
+      base, embed=128, vision=dataclasses.replace(
+          base.vision, image_size=(35, 35), patch=16, **fields | mlp),
+      text=dataclasses.replace(base.text, vocab=290, length=9, **fields | mlp))
+  params = jax.jit(clip.Clip(config).init)(
+      jax.random.key(0), clip.example_batch(config, (35, 35)))['params']
+  own = config_lib.flatten(dict(
+      name='a:b', dtype='float32', layout=dict(name='pair', length=9),
+      image=dict(size=(35, 35), fit=CLIPS[layout], kernel='bilinear'),
+      model=dataclasses.asdict(config) | dict(name='clip', size='clip-b32')))
+  checkpointer = checkpoint.Checkpointer(tmp_path / 'run')
+  checkpointer.save(3, {'params': params}, {}, words)
   checkpointer.close()
-  (folder / 'config.json').write_text(json.dumps(config_lib.flatten(config)))
-  return module, params
-
-
-def test_a_run_trained_here_is_exported(tmp_path):
-  module, params = trained(tmp_path / 'run')
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(own))
   with pytest.raises(errors.UserError, match='trained here: say --layout'):
     run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}')
   run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}',
-      '--layout=openai_clip')
-  back = weights.load(tmp_path / 'out', said={
-      'mlp': 'gelu', 'vision.heads': 1, 'text.heads': 1})
+      f'--layout={layout}')
+  back = weights.load(tmp_path / 'out')
+  assert (back.layout, back.model.config) == (layout, config)
+  assert back.image == dict(
+      size=(35, 35), fit=CLIPS[layout], kernel='bilinear',
+      mean=config.vision.mean, std=config.vision.std)
+  assert back.tokenizer.bytes == words
   jax.tree.map(np.testing.assert_array_equal, params, back.params)
-  vision = dataclasses.replace(module.config.vision, unroll=False)
-  assert back.model.config.vision == vision
+
+
+def test_what_a_layout_cannot_say_is_an_error(tmp_path):
+  run(f'--from={GOLDEN / "hf_clip_gelu"}', f'--to={tmp_path / "run"}')
+  file = tmp_path / 'run' / 'config.json'
+  own = json.loads(file.read_text())
+  name, = [name for name in own if name.endswith('text.norm_eps')]
+  file.write_text(json.dumps(own | {name: 0.25}))
+  with pytest.raises(errors.UserError, match=r'open_clip cannot say that .*'
+                     r'text.norm_eps is 0.25\.'):
+    run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}',
+        '--layout=open_clip')
+  assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('name', ['../escaped.txt', '/tmp/escaped.txt',
@@ -228,6 +250,25 @@ def test_a_published_decoder_is_asked_and_given_back(llava, tmp_path, capsys):
   assert opened.config.mix.published.style == 'vicuna_v1'
   run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "back"}')
   assert_same_tensors(llava, tmp_path / 'back')
+
+
+@pytest.mark.parametrize('fit', ['expand', 'clip', 'square'])
+@pytest.mark.parametrize('layout', ['hf_llava', 'hf_llava_flat'])
+def test_a_decoder_that_went_on_comes_back_unasked(
+    layout, fit, llava, tmp_path):
+  run(f'--from={llava}', f'--to={tmp_path / "run"}')
+  params = published_files.go_on(tmp_path / 'run', tmp_path / 'on')
+  file = tmp_path / 'on' / 'config.json'
+  file.write_text(json.dumps(json.loads(file.read_text()) | {'image.fit': fit}))
+  run(f'--from={tmp_path / "on"}', f'--to={tmp_path / "out"}',
+      f'--layout={layout}')
+  before, after = weights.load(llava), weights.load(tmp_path / 'out')
+  assert (after.layout, after.model.config) == (layout, before.model.config)
+  assert after.image == before.image | dict(fit=fit)
+  assert after.tokenizer.bytes == before.tokenizer.bytes
+  jax.tree.map(np.testing.assert_array_equal, params, after.params)
+  own = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert own['image_token_index'] == after.tokenizer.id('<patch>')
 
 
 def test_a_tokenizer_must_be_the_models(llava, tmp_path):

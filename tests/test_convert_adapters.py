@@ -135,7 +135,7 @@ def test_adapters_that_were_trained_here(tmp_path):
   model = tiny_lora.build(tiny_lora.options('heads'))
   params = tiny_lora.params(model)
   loaded = weights.Loaded(
-      model=model, params=params, image={}, tokenizer=None, layout=None,
+      model=model, params=params, image={}, layout=None,
       dtypes={}, beside={}, report=[])
   left = convert.export(loaded, tmp_path / 'out', 'peft')
   assert left == ['decoder']

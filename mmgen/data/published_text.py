@@ -125,6 +125,20 @@ class Tokenizer:
           'style of prompts may need none.')
     return self._reserved[name]
 
+  @property
+  def files(self):
+    """{name: bytes} of the files that `load` makes the same of."""
+    options, _, file = self.bytes.partition(b'\n')
+    if file.lstrip()[:1] == b'{':
+      return {'tokenizer.json': file}
+    said = {'legacy': json.loads(options)['join'] == 'space'}
+    return {'tokenizer.model': file,
+            'tokenizer_config.json': json.dumps(said).encode()}
+
+  def has(self, name):
+    """Whether a reserved symbol has an id."""
+    return name in self._reserved
+
   def encode(self, text):
     """Text to a list of ids, none of them special."""
     if not text:

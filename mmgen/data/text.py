@@ -70,6 +70,15 @@ class Tokenizer:
     """A tokenizer from a `tokenizer.model` file."""
     return cls(pathlib.Path(path).read_bytes())
 
+  @property
+  def files(self):
+    """{name: bytes} of the files that `load` makes the same of."""
+    return {'tokenizer.model': self.bytes}
+
+  def has(self, name):
+    """Whether there is such a reserved symbol."""
+    return name in RESERVED
+
   def id(self, name):
     """The id of a reserved symbol, such as `<image>`."""
     if name not in RESERVED:

@@ -5,6 +5,7 @@
       {'params': loaded.params}, images_BYXC, method='encode_image')
 """
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
@@ -44,29 +45,28 @@ class Loaded:
     params: nested dict of its parameters.
     image: how a picture becomes pixels: size, fit, kernel, mean, std. The
       model itself applies mean and std.
-    tokenizer_file: beside the weights, or None.
     layout: a name of `FAMILIES`.
     dtypes: {their name: dtype} of the file, in which export writes; float32
       for float64, which parameters are rounded from.
     beside: {name: content} of the JSON files that lay beside it.
     report: [(our name, their names, our shape, their dtypes)].
     left: names of tensors in the file that were not taken.
+    read_tokenizer: function that returns `tokenizer`.
   """
   model: Any
   params: Any
   image: dict
-  tokenizer_file: pathlib.Path | None
   layout: str
   dtypes: dict
   beside: dict
   report: list
   left: list = dataclasses.field(default_factory=list)
+  read_tokenizer: Callable[[], Any] = lambda: None
 
   @functools.cached_property
   def tokenizer(self):
     """That beside the weights, or None; a UserError if it is not theirs."""
-    file = self.tokenizer_file
-    return file and open_tokenizer(file, self.layout, self.model.config)
+    return self.read_tokenizer()
 
 
 def recognise(path, said=None):
@@ -126,14 +126,25 @@ def load(path, *, place=None, dtype='float32', said=None):
             for name, leaf in ours.items()}
   params = layout_lib.load(rules, tensors, ours)
   folder = _folder(path)
+  file = next((folder / file for file in TOKENIZERS
+               if (folder / file).exists()), None)
   return Loaded(
       model=model, params=flax.traverse_util.unflatten_dict(params, sep='/'),
       image=_image(path, name, config, beside),
-      tokenizer_file=next((folder / file for file in TOKENIZERS
-                           if (folder / file).exists()), None),
+      read_tokenizer=lambda: file and open_tokenizer(file, name, config),
       layout=name, dtypes={name: jax.dtypes.canonicalize_dtype(t.dtype)
                            for name, t in tensors.items()},
       beside=beside, report=layout_lib.report(rules, tensors, ours), left=left)
+
+
+def recognise_shapes(layout, config, params, beside):
+  """The config that a layout reads off a model and JSON files beside it."""
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  rules = FAMILIES[layout].rules(config)
+  _check_names(layout, rules, flat)
+  tensors = {name: jax.ShapeDtypeStruct(shape, 'float32') for name, shape in
+             layout_lib.expected(rules, flat).items()}
+  return FAMILIES[layout].recognise(tensors, beside, {})
 
 
 def open_tokenizer(path, layout, config):
@@ -178,6 +189,12 @@ def export(layout, config, params, dtypes):
   """
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   rules = FAMILIES[layout].rules(config)
+  _check_names(layout, rules, flat)
+  return layout_lib.export(rules, flat, dtypes)
+
+
+def _check_names(layout, rules, flat):
+  """Raises UserError unless a layout has names for all parameters."""
   differ = flat.keys() ^ {name for rule in rules for name in rule.ours}
   if differ:
     own = any(name.startswith('lora/') for name in differ & flat.keys())
@@ -186,7 +203,6 @@ def export(layout, config, params, dtypes):
         f'{", ".join(sorted(differ))}.' + own * (
             ' Merge its adapters (--merge), or write them alone '
             '(--layout=peft).'))
-  return layout_lib.export(rules, flat, dtypes)
 
 
 def _recognise(path, tensors, beside, said):

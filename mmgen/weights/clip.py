@@ -87,16 +87,16 @@ def _hf_stated(tensors, beside, base):
     stated |= {f'{tower}.{ours}': fields[theirs]
                for theirs, ours in _HF_FIELDS.items() if theirs in fields}
     if 'hidden_act' in fields:
-      if fields['hidden_act'] not in _HF_ACTIVATIONS:
+      if fields['hidden_act'] not in HF_ACTIVATIONS:
         raise errors.UserError(
             f'config.json has {tower}_config.hidden_act '
-            f'{fields["hidden_act"]!r}; known: {", ".join(_HF_ACTIVATIONS)}.')
-      stated[f'{tower}.mlp'] = _HF_ACTIVATIONS[fields['hidden_act']]
+            f'{fields["hidden_act"]!r}; known: {", ".join(HF_ACTIVATIONS)}.')
+      stated[f'{tower}.mlp'] = HF_ACTIVATIONS[fields['hidden_act']]
   return stated | {
       'vision.image_size': two_towers.pair(stated['vision.image_size'])}
 
 
-def _pixels(beside):
+def pixels_beside(beside):
   """What JSON files say of mean, std, kernel and fit, as far as they do."""
   hf = beside.get('preprocessor_config.json', {})
   own = beside.get('open_clip_config.json', {}).get('preprocess_cfg', {})
@@ -108,7 +108,7 @@ def _pixels(beside):
               std=hf.get('image_std', own.get('std')),
               kernel=own.get('interpolation'), fit=_OPEN_CLIP_FITS[mode])
   if 'resample' in hf:
-    said['kernel'] = _PILLOW_KERNELS[hf['resample']]
+    said['kernel'] = PILLOW_KERNELS[hf['resample']]
   if 'do_center_crop' in hf:
     said['fit'] = 'clip' if hf['do_center_crop'] else 'square'
   return {field: tuple(value) if isinstance(value, list) else value
@@ -119,7 +119,7 @@ def _image(config, beside, fit):
   """How a picture becomes pixels."""
   return dict(size=config.vision.image_size, fit=fit, kernel='bicubic',
               mean=config.vision.mean, std=config.vision.std
-              ) | _pixels(beside)
+              ) | pixels_beside(beside)
 
 
 # ---------------------------------------------------------------------------
@@ -319,10 +319,10 @@ _HF_FIELDS = {
     'image_size': 'image_size', 'vocab_size': 'vocab',
     'max_position_embeddings': 'length',
 }
-_HF_ACTIVATIONS = {'quick_gelu': 'quick_gelu', 'gelu': 'gelu',
+HF_ACTIVATIONS = {'quick_gelu': 'quick_gelu', 'gelu': 'gelu',
                    'gelu_pytorch_tanh': 'gelu_tanh'}
 # Pillow's numbers, as transformers writes them.
-_PILLOW_KERNELS = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box',
+PILLOW_KERNELS = ('nearest', 'lanczos', 'bilinear', 'bicubic', 'box',
                    'hamming')
 _OPEN_CLIP_FITS = {None: None, 'shortest': 'open_clip', 'squash': 'square'}
 
@@ -331,7 +331,7 @@ def _layout(rules, base, fit, resize, stated=lambda *_: {}, ignored=(),
             **variant):
   def with_pixels(tensors, beside, base):
     pixels = {f'vision.{field}': value
-              for field, value in _pixels(beside).items()
+              for field, value in pixels_beside(beside).items()
               if field in ('mean', 'std')}
     return pixels | stated(tensors, beside, base)
 

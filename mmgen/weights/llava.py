@@ -208,9 +208,11 @@ def _image(config, beside):
   Transformers' own processor crops; the model was not trained on that.
   """
   aspect = beside.get('config.json', {}).get('image_aspect_ratio', 'pad')
+  said = clip_layouts.pixels_beside(beside)
   return dict(size=config.vision.image_size,
-              fit='expand' if aspect == 'pad' else 'clip', kernel='bicubic',
-              mean=config.vision.mean, std=config.vision.std)
+              fit='expand' if aspect == 'pad' else said.get('fit', 'clip'),
+              kernel=said.get('kernel', 'bicubic'), mean=config.vision.mean,
+              std=config.vision.std)
 
 
 def seeing(decoder, link, inputs, beside):

@@ -6,6 +6,7 @@ Each family in odd sizes; with one tensor perturbed each check must fail.
 import dataclasses
 import shutil
 
+import published_files
 import pytest
 import tiny
 import torch
@@ -167,6 +168,26 @@ def test_every_stage_is_that_of_the_library(name, made, capsys):
   assert f'({CASES[name][0]}' in said
   assert ('logits' in said or 'timm' in name) and 'worse' not in said
   assert 'vision/2' in said or 'decoder/2' in said
+
+
+@pytest.mark.parametrize('name, layout', [
+    ('clip', 'hf_clip'), ('clip_gelu', 'hf_clip'), ('siglip', 'hf_siglip'),
+    ('open_clip_oblong', 'open_clip'), ('clip', 'openai_clip'),
+    ('openai', 'hf_clip'),
+    ('llama', 'llama'), ('qwen2_wide', 'llama'), ('llava', 'hf_llava'),
+    ('llava', 'hf_llava_flat')])
+def test_the_library_reads_what_a_run_became(name, layout, made, tmp_path,
+                                             capsys):
+  """Nothing is said of it: the files that are exported tell all."""
+  convert.main([f'--from={made(name)}', f'--to={tmp_path / "run"}'] + [
+      f'--say={field}' for field in CASES[name][2]])
+  published_files.go_on(tmp_path / 'run', tmp_path / 'on')
+  convert.main([f'--from={tmp_path / "on"}', f'--to={tmp_path / "out"}',
+                f'--layout={layout}'])
+  code = convert.main([f'--check={tmp_path / "out"}', '--tolerance=1e-5'])
+  assert code == 0, capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert f'({layout})' in said and 'logits' in said and 'worse' not in said
 
 
 def published(folder, to):
