@@ -10,8 +10,8 @@ import json
 import shutil
 
 import numpy as np
-import pytest
 import published_files
+import pytest
 import reference
 
 from mmgen import convert
