@@ -158,7 +158,7 @@ def test_one_device_gets_the_rules_results(tmp_path):
   assert {name: x.shape for name, x in params.items()} == OURS
   np.testing.assert_array_equal(
       params[f'{QKV[1]}/kernel'][2],
-      arrays['h.2.qkv'][N * H:2 * N * H].reshape(N, H, D).transpose(2, 0, 1))
+      arrays['h.2.qkv'][N * H:2 * N * H].T)
   back = dict(layout.export(RULES, params, 'float32'))
   assert back.keys() == arrays.keys()
   for name, array in back.items():
@@ -214,11 +214,10 @@ jax.config.update('jax_num_cpu_devices', int(sys.argv[2]))
 import numpy as np
 from mmgen.weights import files, layout
 
-rules = [*layout.fused(['blocks/q', 'blocks/k', 'blocks/v'], 'h.{layer}.qkv',
-                       None, 8, 128),
+rules = [*layout.fused(['blocks/q', 'blocks/k', 'blocks/v'], 'h.{layer}.qkv'),
          *layout.linear('blocks/up', 'h.{layer}.up', bias=False),
          layout.same('embedding', 'embedding')]
-shapes = {f'blocks/{name}/kernel': (8, 1024, 8, 128) for name in 'qkv'}
+shapes = {f'blocks/{name}/kernel': (8, 1024, 1024) for name in 'qkv'}
 shapes |= {'blocks/up/kernel': (8, 1024, 3072), 'embedding': (8192, 1024)}
 if sys.argv[3] == 'write':
   ours = {name: jax.ShapeDtypeStruct(shape, 'bfloat16')
