@@ -443,14 +443,14 @@ def pair(
       raise ValueError('no document has a picture: image_size is needed')
     image_size = sizes[0]
   n = len(documents)
+  begin, pad = _ends(tokenizer)
   out = dict(
       images=np.zeros((n, *image_size, 3), np.uint8),
-      tokens=np.full((n, length), tokenizer.id('<pad>'), np.int32),
+      tokens=np.full((n, length), pad, np.int32),
       valid=np.zeros((n, length), bool),
       labels=np.zeros(n, np.int64),
       example_valid=np.zeros(n, bool),
   )
-  begin = _begin(tokenizer)
   for b, example in enumerate(found):
     if example is None:
       continue
@@ -467,9 +467,12 @@ def pair(
   return out
 
 
-def _begin(tokenizer):
-  """The ids before a caption."""
-  return [tokenizer.id('<bos>')] if '<bos>' in tokenizer.reserved else []
+def _ends(tokenizer):
+  """The ids before a caption, and the one that fills up behind it."""
+  if tokenizer is None:  # of empty documents alone, as a plan has them
+    return [], 0
+  begin = [tokenizer.id('<bos>')] if '<bos>' in tokenizer.reserved else []
+  return begin, tokenizer.id('<pad>')
 
 
 def _picture_and_text(document):
@@ -491,7 +494,7 @@ def pair_stats(
 ) -> dict[str, float]:
   """The stats of `sequence` for arrays of `pair`; dropped is what was cut."""
   texts = [_picture_and_text(d) for d in documents if d.spans]
-  marks = len(_begin(tokenizer)) + 1
+  marks = len(_ends(tokenizer)[0]) + 1
   wanted = [marks + len(tokenizer.encode(caption)) for _, caption in texts]
   kept = arrays['valid'].sum(1)[arrays['example_valid']]
   return dict(
