@@ -7,6 +7,13 @@
   python -m mmgen.generate --run=runs/llava --image=fox.png --prompt="What?"
   python -m mmgen.convert --check=llava-1.5-7b-hf
 
+What LLaVA's authors publish lacks its image tower, a CLIP:
+
+  python -m mmgen.convert --from=llava-v1.5-7b \\
+      --attach=clip-vit-large-patch14-336 --to=runs/llava
+  python -m mmgen.convert --check=llava-v1.5-7b \\
+      --attach=clip-vit-large-patch14-336
+
 Published weights become the checkpoint and the config of a run folder, in
 float32, with the tokenizer that lies beside them. A run folder, a --to that
 ends in .safetensors, and whatever is given a --layout become safetensors in a
@@ -38,6 +45,7 @@ from mmgen import config as config_lib
 from mmgen import errors
 from mmgen import parity
 from mmgen import run_folder
+from mmgen import stages
 from mmgen import weights
 from mmgen.data import text
 from mmgen.models import clip
@@ -99,8 +107,7 @@ def _what_lacks(loaded, source):
             f'{f", {own}," if own else ""} with --from, and them with '
             f'--attach={source}.')
   if 'decoder' in loaded.params:
-    return ('Its image tower is a CLIP as it was published: give that with '
-            '--attach=PATH.')
+    return stages.NO_TOWER
   return ("Start a row's parts from it, init.<part>='file:...', load it with "
           'mmgen.weights.load, or write it anew with a --to that ends in '
           '.safetensors.')
@@ -321,11 +328,12 @@ def main(argv=None):
       (args.source is None) != (args.to is None)):
     parser.error('give --from and --to, or --check')
   if args.check is not None:
-    if args.attach or args.merge:
-      parser.error('--attach and --merge are for --from and --to')
+    if args.merge:
+      parser.error('--merge is for --from and --to')
     return parity.check(
         args.check, rich_console.Console(), said=_said(args.say),
-        tolerance=args.tolerance, stages=args.stages, against=args.against)
+        attached=args.attach, tolerance=args.tolerance, stages=args.stages,
+        against=args.against)
   if pathlib.Path(args.to).exists():
     raise errors.UserError(f'--to={args.to} exists already; give another path')
   is_run = (pathlib.Path(args.source) / 'checkpoints').exists()
@@ -368,7 +376,8 @@ def _open(args, is_run, dtype):
     beside = path / lora.TRAINABLES  # load opens one file of a folder
     for file in (path, beside) if (path / lora.CONFIG).exists() and (
         beside.exists()) else (path,):
-      others.append(_load_answered(file, said, dtype))
+      others.append(weights.load(
+          file, said=weights.answers(file, said), dtype=dtype))
   loaded = (from_run(args.source) if is_run else
             weights.load(args.source, said=said, dtype=dtype))
   loaded = weights.attach(loaded, *others) if others else loaded
@@ -378,15 +387,6 @@ def _open(args, is_run, dtype):
         loaded, read_tokenizer=lambda: weights.open_tokenizer(
             args.tokenizer, layout, config) if args.tokenizer else None)
   return weights.merge(loaded) if args.merge else loaded
-
-
-def _load_answered(path, said, dtype):
-  """Loads weights, and takes from `said` what they ask for."""
-  try:
-    return weights.load(path, dtype=dtype)
-  except errors.Unsaid as error:
-    mine = {field: said.pop(field) for field in error.fields if field in said}
-    return weights.load(path, said=mine, dtype=dtype)
 
 
 # Of what a run folder can be made, by `config.model.name`.

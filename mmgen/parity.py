@@ -37,14 +37,15 @@ TOLERANCE = 1e-4
 _LAST = ('logits', 'vision/embedding')
 
 
-def check(path, console, *, said=None, tolerance=TOLERANCE, stages=None,
-          against=None):
+def check(path, console, *, said=None, attached=(), tolerance=TOLERANCE,
+          stages=None, against=None):
   """Prints how far the stages of a model are from those of its reference.
 
   Args:
     path: as for `weights.load`.
     console: of rich, to print to.
-    said: as for `weights.load`.
+    said: as for `weights.load`, of all files.
+    attached: paths of what belongs to the weights and lies elsewhere.
     tolerance: the largest relative error that passes.
     stages: path of an npz file to write; then nothing is compared unless
       `against` is given.
@@ -57,12 +58,18 @@ def check(path, console, *, said=None, tolerance=TOLERANCE, stages=None,
   Raises:
     UserError: the reference is not installed or cannot be run here.
   """
+  said = dict(said or {})
+  others = [(other, weights.answers(other, said)) for other in attached]
   layout, _ = weights.recognise(path, said)
   live = not (stages or against)
   if live:
     references.require(layout)
   theirs = _read(against) if against else None
-  loaded = stages_lib.load(path, said)
+  loaded = stages_lib.load(path, said, others)
+  if live and 'lora' in loaded.params:
+    raise errors.UserError(
+        'adapters beside weights have no reference here: merge them (--merge) '
+        'and check the result, or compare with --stages and --against.')
   inputs = stages_lib.inputs(loaded)
   ours = stages_lib.compute(loaded, inputs)
   if stages:
@@ -75,11 +82,13 @@ def check(path, console, *, said=None, tolerance=TOLERANCE, stages=None,
     # Of ours only what describes it is needed from here on.
     loaded = dataclasses.replace(loaded, params=None)
     gc.collect()
-    theirs = references.REFERENCES[layout].run(path, loaded, inputs)
+    theirs = references.REFERENCES[loaded.layout].run(
+        path, loaded, inputs, *attached)
   # The norm of these follows an average of patches, which is not computed here.
   last = [name for name in ours if re.fullmatch(r'vision/\d+', name)][-1] if (
       layout == 'timm_eva_avg') else None
-  return report(f'{path} ({layout})', ours, theirs, tolerance, console, last)
+  return report(f'{path} ({loaded.layout})', ours, theirs, tolerance, console,
+                last)
 
 
 def report(title, ours, theirs, tolerance, console, last=None):

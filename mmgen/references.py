@@ -43,7 +43,7 @@ class Reference:
   """How a layout is run elsewhere.
 
   Attributes:
-    run: function (path, loaded, inputs) -> stages.
+    run: function (path, loaded, inputs, *paths of what was attached) -> stages.
     needs: what it imports.
   """
   run: Callable[..., dict]
@@ -52,6 +52,16 @@ class Reference:
 
 _TRANSFORMERS = ('torch', 'torchvision', 'transformers')
 _OPEN_CLIP = ('torch', 'torchvision', 'timm', 'open_clip')
+
+# How names of LLaVA's authors, and of a CLIP, begin in transformers' files;
+# the first that fits.
+_LLAVA_NAMES = {
+    'model.vision_tower.vision_tower.': 'vision_tower.',
+    'vision_model.': 'vision_tower.vision_model.',
+    'model.mm_projector.0.': 'multi_modal_projector.linear_1.',
+    'model.mm_projector.2.': 'multi_modal_projector.linear_2.',
+    'model.': 'language_model.model.',
+    'lm_head.': 'language_model.lm_head.'}
 
 
 @contextlib.contextmanager
@@ -124,17 +134,22 @@ def _numpy(tensors):
 # transformers
 
 
+def _config_of(path, loaded):
+  """config.json, without which transformers builds no model."""
+  if 'config.json' not in loaded.beside:
+    raise errors.UserError(f'--check={path}: transformers needs the '
+                           'config.json of the model beside its weights')
+  return loaded.beside['config.json']
+
+
 def _from_transformers(kind, path, loaded):
   """A model of transformers; weights of 16 bits stay so."""
   import torch
   import transformers
-  folder = _folder(path)
-  if not (folder / 'config.json').exists():
-    raise errors.UserError(f'--check={path}: transformers needs the '
-                           'config.json of the model beside its weights')
+  _config_of(path, loaded)
   return getattr(transformers, kind).from_pretrained(
-      folder, dtype=getattr(torch, stages_lib.dtype(loaded.dtypes.values())),
-      attn_implementation='eager', local_files_only=True).eval()
+      _folder(path), attn_implementation='eager', local_files_only=True,
+      dtype=getattr(torch, stages_lib.dtype(loaded.dtypes.values()))).eval()
 
 
 def _pixel_values(kind, path, loaded, inputs, **options):
@@ -172,10 +187,60 @@ def _run_transformers_clip(path, loaded, inputs, *, kind, marks):
       'logits': out.logits_per_image})
 
 
-def _run_decoder(path, loaded, inputs, *, kind):
+def _from_llavas_authors(path, loaded, *attached):
+  """Files of LLaVA's authors, and a CLIP's, as a model of transformers.
+
+  Of the tower the shapes and the choices are those that ours was read as.
+  """
+  import torch
+  import transformers
+  own = _config_of(path, loaded)
+  vision, tensors = loaded.model.config.vision, {}
+  for file in (path, *attached):
+    for name, tensor in files.open(file).items():
+      old = next(filter(name.startswith, _LLAVA_NAMES), None)
+      if old is not None:
+        tensors[_LLAVA_NAMES[old] + name.removeprefix(old)] = tensor
+  tower = {name: _torch(tensors.pop(name)) for name in list(tensors)
+           if name.startswith('vision_tower.')}
+  if not tower:
+    raise errors.UserError('transformers needs the CLIP as its own files have '
+                           f'it; that in {", ".join(attached)} is another.')
+  config = transformers.LlavaConfig(
+      text_config=transformers.LlamaConfig.from_dict(
+          own | dict(model_type='llama')),
+      vision_config=transformers.CLIPVisionConfig(
+          image_size=vision.image_size[0], patch_size=vision.patch,
+          num_hidden_layers=vision.layers, hidden_size=vision.width,
+          intermediate_size=vision.hidden, hidden_act=vision.mlp,
+          num_attention_heads=vision.heads, layer_norm_eps=vision.norm_eps),
+      vision_feature_layer=own.get('mm_vision_select_layer', -2),
+      image_token_index=stages_lib.picture_id(loaded))
+  model = transformers.LlavaForConditionalGeneration.from_pretrained(
+      None, config=config, attn_implementation='eager', state_dict=tower | {
+          name: _torch(tensor) for name, tensor in tensors.items()},
+      dtype=getattr(torch, stages_lib.dtype(
+          tensor.dtype for tensor in tensors.values())))
+  # A tower of other files keeps its own bits.
+  for name, parameter in model.model.vision_tower.named_parameters():
+    parameter.data = tower['vision_tower.vision_model.'
+                           + name.removeprefix('vision_model.')]
+  return model.eval()
+
+
+def _torch(tensor):
+  """A tensor of a file, in its dtype."""
+  import torch
+  array = np.array(tensor.array())
+  if array.dtype.name != 'bfloat16':
+    return torch.from_numpy(array)
+  return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+def _run_decoder(path, loaded, inputs, *attached, make):
   """The stages of a decoder of transformers, and of what it sees with."""
   import torch
-  model = _from_transformers(kind, path, loaded)
+  model = make(path, loaded, *attached)
   seen, found = {}, {}
   if 'images' in inputs:
     found['vision/pixels'], seen['pixel_values'] = (
@@ -314,14 +379,19 @@ def _open_clip_config(loaded):
           layers=text.layers, width=text.width, mlp_ratio=ratio(text)))
 
 
+def _decoder(kind):
+  return Reference(functools.partial(_run_decoder, make=functools.partial(
+      _from_transformers, kind)), _TRANSFORMERS)
+
+
 _HF_CLIP = Reference(functools.partial(
     _run_transformers_clip, kind='CLIP', marks=(
         ('visual_projection', 'vision/pooled', None),
         ('text_projection', 'text/pooled', None))), _TRANSFORMERS)
-_LLAVA = Reference(functools.partial(
-    _run_decoder, kind='LlavaForConditionalGeneration'), _TRANSFORMERS)
-_FUYU = Reference(functools.partial(
-    _run_decoder, kind='FuyuForCausalLM'), _TRANSFORMERS)
+_LLAVA = _decoder('LlavaForConditionalGeneration')
+_LLAVAS_AUTHORS = Reference(functools.partial(
+    _run_decoder, make=_from_llavas_authors), _TRANSFORMERS)
+_FUYU = _decoder('FuyuForCausalLM')
 _CUSTOM = Reference(functools.partial(
     _run_open_clip, kind='CustomTextCLIP'), _OPEN_CLIP)
 
@@ -342,8 +412,9 @@ REFERENCES = {
     'timm_eva': _TIMM,
     'timm_eva_avg': _TIMM,
     'timm_siglip': _TIMM,
-    'llama': Reference(functools.partial(
-        _run_decoder, kind='AutoModelForCausalLM'), _TRANSFORMERS),
+    'llama': _decoder('AutoModelForCausalLM'),
+    'llava': _LLAVAS_AUTHORS,
+    'llava_tower': _LLAVAS_AUTHORS,
     'hf_llava': _LLAVA,
     'hf_llava_new': _LLAVA,
     'hf_llava_flat': _LLAVA,

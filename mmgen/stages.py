@@ -37,22 +37,33 @@ from mmgen.models import patch_embedding
 from mmgen.models import vision_encoder
 from mmgen.weights import files
 
+NO_TOWER = ('Its image tower is a CLIP as it was published: give that with '
+            '--attach=PATH.')
 
-def load(path, said):
+
+def load(path, said, attached=()):
   """A `weights.Loaded` that computes in float32, a block after the other.
 
-  Weights that all have 16 bits stay so, except outside of blocks.
+  Weights of a file that all have 16 bits stay so, except outside of blocks.
+
+  Args:
+    path, said: as for `weights.load`.
+    attached: (path, said) of what is to be attached.
 
   Raises:
     UserError: these are the weights of a part.
   """
-  loaded = weights.load(path, said=said, dtype=dtype(
-      tensor.dtype for tensor in files.open(path).values()))
+  loaded, *others = (
+      weights.load(path, said=said, dtype=dtype(
+          tensor.dtype for tensor in files.open(path).values()))
+      for path, said in ((path, said), *attached))
+  loaded = weights.attach(loaded, *others) if others else loaded
   config = loaded.model.config
   if type(loaded.model) not in KINDS or (
       config.vision is not None and 'vision' not in loaded.params):
     raise errors.UserError(
-        f'{path} has the layout {loaded.layout}, which is not a whole model.')
+        f'{path} has the layout {loaded.layout}, which is not a whole model.'
+        + (f' {NO_TOWER}' if 'decoder' in loaded.params else ''))
   # Unrolled and not compiled, the model widens one block at a time.
   unrolled = {
       field.name: dataclasses.replace(part, unroll=True)
@@ -164,17 +175,22 @@ def _rows(loaded, shown):
   room = 100 + (2 * len(grid.slots()[0]) if grid else 0)
   batch = layout_lib.unpacked(
       [document_lib.Document(tuple(row), str(i)) for i, row in enumerate(rows)],
-      _Ids(config.decoder.vocab, _picture_id(loaded)), grid, room,
+      _Ids(config.decoder.vocab, picture_id(loaded)), grid, room,
       2 if shown else 0, size)
   used = int((batch['segments'] > 0).sum(1).max())
   return {name: x[:, :used] if x.shape[1] == room else x
           for name, x in batch.items()}
 
 
-def _picture_id(loaded):
-  """The id that the reference has at the slots of pictures."""
+def picture_id(loaded):
+  """The id that the reference has at the slots of pictures.
+
+  If a config names none it is within the vocabulary: that of LLaVA's authors
+  and of EVE has none for them.
+  """
   own = loaded.beside.get('config.json', {})
-  usual = 71011 if 'fuyu' in loaded.layout else 32000
+  usual = min(71011 if 'fuyu' in loaded.layout else 32000,
+              loaded.model.config.decoder.vocab - 1)
   return own.get('image_token_id', own.get('image_token_index', usual))
 
 

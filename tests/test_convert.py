@@ -27,7 +27,7 @@ TOKENIZERS = GOLDEN.parent / 'tokenizers'
 
 
 def run(*args):
-  convert.main([str(arg) for arg in args])
+  return convert.main([str(arg) for arg in args])
 
 
 def assert_same_tensors(a, b):

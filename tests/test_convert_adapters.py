@@ -1,10 +1,13 @@
 """The command that takes adapters in, and gives them back alone or merged."""
 
 import json
+import shutil
 
 import flax.traverse_util
 import jax
 import numpy as np
+from PIL import Image
+import published_files
 import pytest
 import reference
 import test_convert
@@ -12,6 +15,8 @@ import tiny_lora
 
 from mmgen import convert
 from mmgen import errors
+from mmgen import generate
+from mmgen import references
 from mmgen import run_folder
 from mmgen import weights
 from mmgen.weights import files
@@ -130,6 +135,79 @@ def test_all_files_of_llavas_authors(tmp_path, monkeypatch):
   assert not any('lora' in name or 'tower' in name for name in found)
 
 
+@pytest.fixture
+def published_apart(tmp_path, monkeypatch):
+  """(LLaVA as its authors publish it, its CLIP, all parameters)."""
+  _, _, tower = tiny_lora.llava_files(tmp_path, monkeypatch)
+  _, tensors = reference.load('llava_pictures')
+  width = tensors['language_model.lm_head.weight'].shape[1]
+  words = np.random.default_rng(0).normal(size=(520, width)).astype('f4')
+  tensors |= {'language_model.model.embed_tokens.weight': words,
+              'language_model.lm_head.weight': words[::-1].copy()}
+  text = dict(num_attention_heads=3, num_key_value_heads=1, rms_norm_eps=1e-3,
+              rope_theta=100.0)
+  whole = weights.load(published_files.save(tmp_path / 'hf', tensors, dict(
+      model_type='llava', text_config=text, vision_config=dict(
+          model_type='clip_vision_model', image_size=8, num_attention_heads=5,
+          layer_norm_eps=1e-3))))
+  own = published_files.save(tmp_path / 'llava-own', dict(weights.export(
+      'llava', whole.model.config, {
+          part: whole.params[part] for part in ('connector', 'decoder')},
+      'float32')), text | dict(
+          model_type='llava_llama', mm_projector_type='mlp2x_gelu',
+          mm_vision_tower='openai/clip-tiny', mm_vision_select_layer=-2,
+          mm_vision_select_feature='patch', image_aspect_ratio='pad'))
+  shutil.copy(reference.GOLDEN / 'tokenizers' / 'llama.model',
+              own / 'tokenizer.model')
+  vision = jax.tree.map(lambda x: x.astype('float16').astype('float32'),
+                        whole.params['vision'])  # as the CLIP's file has it
+  return own, tower, whole.params | {'vision': vision}
+
+
+def test_llava_of_its_authors_answers_with_a_clip(
+    published_apart, tmp_path, capsys):
+  own, tower, params = published_apart
+  with pytest.raises(errors.UserError, match='Its image tower is a CLIP as it '
+                     'was published: give that with --attach'):
+    run(f'--from={own}', f'--to={tmp_path / "run"}')
+  run(f'--from={own}', f'--attach={tower}', f'--to={tmp_path / "run"}')
+  opened = run_folder.open_run(tmp_path / 'run')
+  jax.tree.map(np.testing.assert_array_equal, opened.params, params)
+  assert opened.config.image.fit == 'expand'
+  Image.new('RGB', (20, 10), 'red').save(tmp_path / 'red.png')
+  capsys.readouterr()
+  generate.main([f'--run={tmp_path / "run"}', '--prompt=what is this?',
+                 f'--image={tmp_path / "red.png"}', '--max_tokens=4', '--json'])
+  assert json.loads(capsys.readouterr().out)[0]['answers'][0]
+
+
+def test_its_stages_are_those_of_both_files(
+    published_apart, tmp_path):
+  own, tower, _ = published_apart
+  ours = f'--stages={tmp_path / "ours.npz"}'
+  with pytest.raises(errors.UserError, match='which is not a whole model. Its '
+                     'image tower is a CLIP'):
+    run(f'--check={own}', ours)
+  assert run(f'--check={own}', f'--attach={tower}', ours) == 0
+  with np.load(tmp_path / 'ours.npz') as file:
+    assert {'vision/3', 'connector', 'logits'} <= {*file}
+    assert file['input/tokens'].max() == 519  # of pictures, within the words
+  # What is said goes to the file that asks for it.
+  (tower / 'config.json').unlink()
+  with pytest.raises(errors.UserError, match='tell mlp .*--say=mlp'):
+    run(f'--check={own}', f'--attach={tower}', ours)
+  with pytest.raises(errors.UserError, match='norm_eps is 1e-05, not 0.001'):
+    run(f'--check={own}', f'--attach={tower}', ours,
+        '--say=mlp=quick_gelu', '--say=text.heads=2')
+
+
+def test_adapters_are_merged_before_a_check(llama, monkeypatch):
+  monkeypatch.setattr(references, 'require', lambda layout: None)
+  with pytest.raises(errors.UserError, match='adapters .* no reference here: '
+                     'merge them'):
+    run(f'--check={llama}', f'--attach={PEFT}')
+
+
 def test_adapters_that_were_trained_here(tmp_path):
   """They have the names that a LLaMA has; without a config they are float32."""
   model = tiny_lora.build(tiny_lora.options('heads'))
@@ -204,8 +282,7 @@ def test_what_does_not_fit_is_one_line(llama, tmp_path):
   assert not (tmp_path / 'b').exists()
 
 
-@pytest.mark.parametrize('more', ['--merge', '--attach=a'])
-def test_a_check_takes_no_adapters(more, capsys):
+def test_a_check_merges_nothing(capsys):
   with pytest.raises(SystemExit):
-    run('--check=a', more)
-  assert 'are for --from and --to' in capsys.readouterr().err
+    run('--check=a', '--merge')
+  assert '--merge is for --from and --to' in capsys.readouterr().err

@@ -175,6 +175,18 @@ def open_tokenizer(path, layout, config):
   return found
 
 
+def answers(path, said):
+  """Takes from `said` what weights do not tell themselves: {field: value}.
+
+  So one dict serves for a model of several files.
+  """
+  try:
+    recognise(path)
+  except errors.Unsaid as error:
+    return {field: said.pop(field) for field in error.fields if field in said}
+  return {}
+
+
 def export(layout, config, params, dtypes):
   """Yields (their name, array), for `files.write`.
 

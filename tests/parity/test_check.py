@@ -4,6 +4,7 @@ Each family in odd sizes; with one tensor perturbed each check must fail.
 """
 
 import dataclasses
+import json
 import shutil
 
 import published_files
@@ -12,7 +13,10 @@ import tiny
 import torch
 
 from mmgen import convert
+from mmgen import errors
 from mmgen import references
+from mmgen import weights
+from mmgen.models import vision_encoder
 from mmgen.weights import files
 
 LLAMA = dict(vocab_size=61, hidden_size=28, intermediate_size=44,
@@ -204,6 +208,62 @@ def test_names_of_released_files(made, tmp_path, capsys):
   folder = published(made('llava'), tmp_path / 'llava')
   assert check(folder, 'llava', '--tolerance=1e-5') == 0
   assert '(hf_llava)' in capsys.readouterr().out
+
+
+# How names of transformers' files begin in those of LLaVA's authors.
+OWN = {'language_model.lm_head': 'lm_head', 'language_model.': '',
+       'multi_modal_projector.linear_1': 'model.mm_projector.0',
+       'multi_modal_projector.linear_2': 'model.mm_projector.2',
+       'vision_tower.': 'model.vision_tower.vision_tower.vision_model.'}
+
+
+def authors(folder, to, tower):
+  """A LLaVA as its authors publish it, with its tower or without."""
+  config = json.loads((folder / 'config.json').read_text())
+  files.write(to, (
+      (OWN[old] + name.removeprefix(old), tensor.array())
+      for name, tensor in files.open(folder).items()
+      for old in [next(filter(name.startswith, OWN))]
+      if tower or old != 'vision_tower.'), max_shard_bytes=60_000)
+  (to / 'config.json').write_text(json.dumps(config['text_config'] | dict(
+      model_type='llava_llama', mm_projector_type='mlp2x_gelu',
+      mm_vision_tower='openai/tiny', mm_vision_select_layer=-2,
+      mm_vision_select_feature='patch', image_aspect_ratio='pad')))
+  return to
+
+
+@pytest.mark.parametrize('name', ['llava', 'llava_bfloat16'])
+def test_files_of_llavas_authors(name, made, tmp_path, capsys, monkeypatch):
+  """Without a tower a CLIP is attached, in bits of its own."""
+  vision = weights.load(made(name)).model.config.vision
+  monkeypatch.setitem(vision_encoder.SIZES, 'tiny', vision)
+  tiny.clip(tmp_path / 'clip', 2, embed=6, text=TEXT, vision=dict(
+      image_size=vision.image_size[0], patch_size=vision.patch,
+      num_hidden_layers=vision.layers, hidden_size=vision.width,
+      intermediate_size=vision.hidden, num_attention_heads=vision.heads,
+      hidden_act=vision.mlp))
+  whole = authors(made(name), tmp_path / 'whole', True)
+  assert convert.main([
+      f'--check={whole}', '--tolerance=1e-5', f'--say=vision.mlp={vision.mlp}',
+      f'--say=vision.heads={vision.heads}',
+      f'--say=vision.image_size={list(vision.image_size)}']) == 0, (
+          capsys.readouterr().out)
+  own = authors(made(name), tmp_path / 'own', False)
+  args = [f'--check={own}', '--say=vision.size=tiny', '--tolerance=1e-5']
+  with pytest.raises(errors.UserError, match='Its image tower is a CLIP'):
+    convert.main(args)
+  args.append(f'--attach={tmp_path / "clip"}')
+  assert convert.main(args) == 0, capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert said.count('(llava_tower)') == 2 and 'only ' not in said
+  # The tower is that of the CLIP: with another one it is the first to differ.
+  run = references.REFERENCES['llava'].run
+  monkeypatch.setitem(
+      references.REFERENCES, 'llava_tower', dataclasses.replace(
+          references.REFERENCES['llava'],
+          run=lambda path, *rest: run(whole, *rest[:2])))
+  assert convert.main(args) == 1
+  assert 'vision/0 is the first of ' in capsys.readouterr().out
 
 
 # The tensor whose numbers change, and the first stage that shows it.
