@@ -199,9 +199,11 @@ def _typed(field: str, text, old):
   elif isinstance(old, str):
     return text
   else:
+    plain = {'True': 'true', 'False': 'false', 'None': 'null'}.get(text, text)
+    if plain.startswith('(') and plain.endswith(')'):  # as errors show a tuple
+      plain = f'[{plain[1:-1].rstrip(", ")}]'
     try:
-      value = json.loads({'True': 'true', 'False': 'false',
-                          'None': 'null'}.get(text, text))
+      value = json.loads(plain)
     except json.JSONDecodeError:
       value = text
   if isinstance(value, list):

@@ -79,6 +79,12 @@ def test_a_dict_replaces_what_it_names(path):
   assert vision.to_dict() == dict(name='eve', patch=4, width=64)
 
 
+@pytest.mark.parametrize('text', ['[64, 32]', '(64, 32)', '(64,32)'])
+def test_pairs_are_read_as_errors_show_them(path, text):
+  c = config_lib.load(f'{path}:plain', overrides=[f'image.size={text}'])
+  assert c.image.size == (64, 32)
+
+
 def test_config_is_locked(path):
   with pytest.raises((AttributeError, KeyError)):
     config_lib.load(f'{path}:plain').stepz = 3
