@@ -154,8 +154,8 @@ def outputs(name):
         {'params': params}, batch, taps=tuple(range(1, layers))))(params)
 
 
-def close(got, want):
-  assert reference.error(got, want) < 1e-5
+def close(got, want, tolerance=1e-5):
+  assert reference.error(got, want) < tolerance
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -223,8 +223,9 @@ def test_adapters_beside_the_matrices_give_the_same():
         {'params': params}, jax.tree.map(jnp.asarray, batch))
   for i, (row, slots) in enumerate(places):
     n = arrays['lengths'][i]
-    close(logits[row][slots], arrays['logits'][i][:n])
-    close(out['regressed'][row][slots], arrays['regressed'][i][:n])
+    # Sums in another order: 1.1e-5 with jax 0.12.0.1, less with 0.10.1.
+    close(logits[row][slots], arrays['logits'][i][:n], 3e-5)
+    close(out['regressed'][row][slots], arrays['regressed'][i][:n], 3e-5)
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -295,7 +296,8 @@ def test_drawn_features_equal_the_reference_which_has_no_cache(name):
   with jax.default_matmul_precision('highest'):
     features = sampling.generate_features(
         model, params, batch, lengths, layout_of(name).table_size)
-  close(features, arrays['drawn'])
+  # Each is drawn from those before it: 1.9e-5 with jax 0.12.0.1.
+  close(features, arrays['drawn'], 3e-5)
 
 
 @pytest.mark.parametrize('name', ['emu_oblong', 'emu2_four'])

@@ -366,7 +366,8 @@ def test_branches_are_left_out_as_in_the_reference(name, change):
 
   (_, head), gradient = jax.jit(run)(params)
   close(head, dropped['head'])
-  close(gradient['vision']['position_embedding'], dropped['pos_grad'])
+  # 1.5e-5 with jax 0.12.0.1, less than 1e-5 with 0.10.1.
+  close(gradient['vision']['position_embedding'], dropped['pos_grad'], 3e-5)
   if name == 'eva_rms_post':  # cut into segments
     close(jax.jit(lambda params: run(params, (1, 3))[0][1])(params),
           dropped['head'])
